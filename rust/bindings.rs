@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The kernel crate's bindings, and what they lack: `bindings_helper.h`, by way of bindgen.
+
+#![allow(
+    clippy::all,
+    dead_code,
+    improper_ctypes,
+    missing_docs,
+    non_camel_case_types,
+    unreachable_pub,
+    unsafe_op_in_unsafe_fn
+)]
+
+pub(crate) use kernel::bindings::*;
+
+use kernel::ffi;
+
+include!(env!("DEVANON_BINDINGS"));

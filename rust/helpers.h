@@ -1,0 +1,20 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What the driver needs of the kernel and only inline functions or macros give.
+ */
+#ifndef _DEVANON_HELPERS_H
+#define _DEVANON_HELPERS_H
+
+#include <linux/fs.h>
+#include <linux/mm_types.h>
+
+struct file *devanon_shmem_file_setup(const char *name, loff_t size);
+void devanon_shmem_pages(struct inode *inode, unsigned long *alloced,
+			 unsigned long *swapped);
+void devanon_file_set_seekable(struct file *file);
+void devanon_vma_range(struct vm_area_struct *vma, pgoff_t *first, pgoff_t *last);
+bool devanon_first_covered(struct address_space *mapping, pgoff_t first,
+			   pgoff_t last, pgoff_t *vma_first,
+			   pgoff_t *vma_last);
+
+#endif /* _DEVANON_HELPERS_H */
