@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `/dev/anon`: anonymous pages that go back to the host when unmapped.
+//!
+//! A page of it exists from its first touch until the last mapping that covers it goes away. Then
+//! the page, resident or swapped out, is freed, and its data is gone; a later touch finds zeros.
+//! This is what the physical memory of a User-Mode Linux guest wants, and no filesystem.
+//!
+//! The way of a page, in the order of this file: the device is opened and a file of anonymous
+//! memory is made for it ([`DevAnon::open`]); a mapping of the device becomes one of that file
+//! ([`DevAnon::mmap`]); a touch brings in a page ([`FreeOnUnmap::fault`]); a mapping goes away and
+//! frees what nothing else maps ([`FreeOnUnmap::close`]). [`DevAnon::ioctl`] is a second door to
+//! the same files.
+//!
+//! # Examples
+//!
+//! ```c
+//! #include <fcntl.h>
+//! #include <sys/mman.h>
+//!
+//! int main(void)
+//! {
+//!     int fd = open("/dev/anon", O_RDWR);
+//!     char *p = mmap(0, 1 << 20, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+//!
+//!     p[0] = 1;               /* the host pays for one page */
+//!     munmap(p, 1 << 20);     /* and here it does not any more */
+//!     return 0;
+//! }
+//! ```
+
+use chrdev::{
+    CharDevice,
+    GetUnmappedArea,
+    Registration, //
+};
+use core::borrow::Borrow;
+use kernel::{
+    fs::file::{
+        flags::O_CLOEXEC,
+        FileDescriptorReservation, //
+    },
+    ioctl::_IOW,
+    mm::virt::VmaNew,
+    prelude::*,
+    seq_file::SeqFile,
+    sync::aref::ARef,
+    uaccess::{
+        UserPtr,
+        UserSlice, //
+    },
+};
+use range::{
+    uncovered,
+    PageRange, //
+};
+use shmem::{
+    ShmemFile,
+    VmFault,
+    VmOperations, //
+};
+
+mod range;
+
+#[path = "../rust/bindings.rs"]
+mod bindings;
+#[path = "../rust/chrdev.rs"]
+mod chrdev;
+#[path = "../rust/mapping.rs"]
+mod mapping;
+#[path = "../rust/shmem.rs"]
+mod shmem;
+
+module! {
+    type: Module,
+    name: "devanon",
+    authors: ["The devanon founders"],
+    description: "/dev/anon: anonymous pages that are freed when unmapped",
+    license: "GPL",
+    params: {
+        mode: u16 {
+            default: 0o666,
+            description: "permissions of the node /dev/anon (default 0666)",
+        },
+    },
+}
+
+/// Since Linux 2.4 and its User-Mode Linux patches.
+const MAJOR: u32 = 1;
+const MINOR: u32 = 10;
+
+struct Module {
+    _device: Registration<DevAnon>,
+}
+
+impl kernel::Module for Module {
+    fn init(module: &'static ThisModule) -> Result<Self> {
+        if DevAnon::mode() & !0o777 != 0 {
+            pr_err!("mode must be between 0 and 0777\n");
+            return Err(EINVAL);
+        }
+
+        shmem::init::<FreeOnUnmap>(module)?;
+        Ok(Self {
+            _device: Registration::new(module, MAJOR, MINOR)?,
+        })
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        shmem::exit();
+    }
+}
+
+/// The device.
+struct DevAnon;
+
+impl CharDevice for DevAnon {
+    /// Every open has memory of its own; dup, fork and `SCM_RIGHTS` share it.
+    type Object = ShmemFile;
+
+    const CLASS: &'static CStr = c"devanon";
+    const NAME: &'static CStr = c"anon";
+    const GET_UNMAPPED_AREA: GetUnmappedArea = shmem::get_unmapped_area;
+
+    fn mode() -> u16 {
+        // A `u16` from 7.3 on, a `&u16` before.
+        *Borrow::<u16>::borrow(&module_parameters::mode.value())
+    }
+
+    fn open() -> Result<ARef<ShmemFile>> {
+        ShmemFile::new_unlimited()
+    }
+
+    fn mmap(file: &ShmemFile, vma: &VmaNew) -> Result {
+        file.map(vma)
+    }
+
+    /// `DEVANON_IOC_NEW` of `include/uapi/linux/devanon.h`.
+    fn ioctl(cmd: u32, arg: usize) -> Result<c_long> {
+        const DEVANON_IOC_NEW: u32 = _IOW::<bindings::devanon_new>(0xDA, 0x01);
+
+        if cmd != DEVANON_IOC_NEW {
+            return Err(ENOTTY);
+        }
+
+        let mut reader =
+            UserSlice::new(UserPtr::from_addr(arg), size_of::<bindings::devanon_new>()).reader();
+        let flags: u32 = reader.read()?;
+        let reserved: u32 = reader.read()?;
+        if flags & !bindings::DEVANON_CLOEXEC != 0 || reserved != 0 {
+            return Err(EINVAL);
+        }
+
+        let cloexec = if flags & bindings::DEVANON_CLOEXEC != 0 {
+            O_CLOEXEC
+        } else {
+            0
+        };
+        let fd = FileDescriptorReservation::get_unused_fd_flags(cloexec)?;
+        let number = fd.reserved_fd();
+        fd.fd_install(ShmemFile::new_seekable()?);
+        Ok(number as c_long)
+    }
+
+    fn show_fdinfo(file: &ShmemFile, m: &SeqFile) {
+        file.show_fdinfo(m);
+    }
+}
+
+/// The rule: a page is freed when the last mapping that covers it goes away.
+///
+/// The kernel knows which VMAs cover which pages of a file: the file's `i_mmap` tree. A VMA that is
+/// closed has left it, so what is to be freed is the closed range less what the tree still covers.
+/// Nothing is counted, so nothing can be miscounted at fork, split, merge, mremap or exit.
+///
+/// Between "no VMA covers this page" and "it is freed" another process may map it, touch it and
+/// write; freeing it then would lose live data. `invalidate_lock` shuts out that touch.
+struct FreeOnUnmap;
+
+impl VmOperations for FreeOnUnmap {
+    fn fault(file: &ShmemFile, shmem_fault: impl FnOnce() -> VmFault) -> VmFault {
+        let _not_freeing = file.mapping().invalidate_lock_shared();
+
+        shmem_fault()
+    }
+
+    /// Writable PTEs may be made here, so the lock is needed as much as in `fault`. Where it cannot
+    /// be had at once, `fault` follows.
+    fn map_pages(file: &ShmemFile, shmem_map_pages: impl FnOnce() -> VmFault) -> VmFault {
+        match file.mapping().try_invalidate_lock_shared() {
+            Some(_not_freeing) => shmem_map_pages(),
+            None => 0,
+        }
+    }
+
+    fn close(file: &ShmemFile, closed: PageRange) {
+        let mapping = file.mapping();
+        let no_faults = mapping.invalidate_lock();
+        let before = mapping.pages();
+
+        // A huge folio that could not be split when a part of it lost its last mapping (it was
+        // pinned, say) is freed with its last part: hence whole folios.
+        let closed = no_faults.whole_folios(closed);
+        for range in uncovered(closed, |range| no_faults.first_covered(range)) {
+            no_faults.truncate(range);
+        }
+
+        let after = mapping.pages();
+        file.add_freed(before.total().saturating_sub(after.total()));
+    }
+}
