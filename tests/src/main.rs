@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Tests of `/dev/anon`. Run as root in a virtual machine: they load and unload the module, set up
+//! swap, and write to sysfs.
+//!
+//! Every test is a process of its own, so that one that crashes or hangs is one that fails. What
+//! the kernel is tainted with is compared around each.
+
+mod doors;
+mod model;
+mod race;
+mod rules;
+mod sys;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+use std::{env, fs, thread};
+
+/// Tests of /dev/anon: KTAP on stdout.
+///
+/// Needs root, and a machine that nobody minds: module and swap are set up by this program.
+/// Exit status: 0 all passed, 1 some failed, 2 wrong use.
+#[derive(Parser)]
+#[command(name = "devanon-tests", version)]
+struct Args {
+    /// Run these only; all by default
+    tests: Vec<String>,
+    /// Print the names of the tests and exit
+    #[arg(long)]
+    list: bool,
+    /// Operations of the model test
+    #[arg(long, default_value_t = 20_000)]
+    operations: u64,
+    /// Seed of the model test, to replay one; random by default
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Seconds of the race test
+    #[arg(long, default_value_t = 10)]
+    race: u64,
+    /// Run this one test in this process (what the program calls itself with)
+    #[arg(long, hide = true)]
+    one: Option<String>,
+}
+
+type Test = (&'static str, fn(&Args) -> Result<()>);
+
+/// Names each test after its function.
+macro_rules! tests {
+    ($($module:ident { $($name:ident,)* })*) => {
+        &[$($((concat!(stringify!($module), "::", stringify!($name)), |_| $module::$name()),)*)*]
+    };
+}
+
+const SIMPLE: &[Test] = tests! {
+    doors {
+        node_from_devtmpfs,
+        node_by_hand,
+        mem_devices_go_on,
+        historic_guest,
+        offsets_up_to_the_limit,
+        no_read_no_write_no_seek,
+        read_only_open,
+        userfaultfd_is_refused,
+        fdinfo_and_maps,
+        ioctl_file_is_a_file,
+        ioctl_file_frees_on_unmap,
+        ioctl_file_keeps_what_was_never_mapped,
+        ioctl_file_outlives_the_device_file,
+        ioctl_file_ends_at_its_size,
+        ioctl_wrong_use,
+        ioctl_cloexec,
+        out_of_descriptors,
+        vmas_merge_as_with_memfd,
+        reopened_file_keeps_the_rule,
+        mapping_opened_through_map_files,
+        unprivileged_user,
+        module_parameter_mode,
+        second_load_is_refused,
+        unload_is_refused_while_in_use,
+        o_path_outlives_the_module,
+        node_opened_too_early,
+    }
+    rules {
+        munmap_whole,
+        munmap_head_and_tail,
+        munmap_hole_in_the_middle,
+        munmap_one_by_one,
+        map_fixed_over_by_a_file,
+        map_fixed_over_by_anonymous_memory,
+        map_fixed_over_by_the_same_pages,
+        mremap_moves,
+        mremap_grows_and_shrinks,
+        mremap_over_a_mapping,
+        mremap_makes_a_second_mapping,
+        fork_child_unmaps,
+        fork_parent_unmaps,
+        covered_but_not_touched,
+        several_mappings_in_one_process,
+        exit_frees,
+        sigkill_frees,
+        exec_frees,
+        closing_the_device_frees_nothing_mapped,
+        private_mappings,
+        executable_pages,
+        mlocked_pages,
+        swapped_out_pages,
+        madvise_keeps_what_is_mapped,
+        madvise_remove_frees,
+        madvise_dontfork,
+        huge_pages_partly_unmapped,
+        huge_pages_only_where_covered,
+        collapsed_pages,
+        charged_to_whoever_touches,
+        pinned_pages,
+        pinned_huge_page_partly_unmapped,
+        huge_page_pinned_for_a_while,
+        larger_than_dev_shm,
+        one_open_never_sees_another,
+        shared_by_dup_fork_and_scm_rights,
+    }
+};
+
+const LONG: &[Test] = &[
+    ("model::random_operations", |args| model::run(args.seed, args.operations)),
+    ("race::map_touch_unmap", |args| race::run(args.race, 3)),
+];
+
+fn all() -> impl Iterator<Item = &'static Test> {
+    SIMPLE.iter().chain(LONG)
+}
+
+/// Flags of `/proc/sys/kernel/tainted` that loading this module sets: out of tree, unsigned.
+const MODULE_TAINT: u64 = (1 << 12) | (1 << 13);
+
+fn taint() -> Result<u64> {
+    Ok(fs::read_to_string("/proc/sys/kernel/tainted")?.trim().parse::<u64>()? & !MODULE_TAINT)
+}
+
+fn busybox(args: &[&str]) -> Result<()> {
+    let status = Command::new("/bin/busybox").args(args).stdout(Stdio::null()).status()?;
+    if !status.success() {
+        bail!("busybox {}: {status}", args.join(" "));
+    }
+    Ok(())
+}
+
+/// The module, and swap on compressed memory.
+fn set_up() -> Result<()> {
+    match sys::load(doors::MODULE, "") {
+        Err(err) if err.raw_os_error() != Some(libc::EEXIST) => {
+            return Err(err).context(doors::MODULE);
+        }
+        _ => {}
+    }
+    if fs::read_to_string("/proc/swaps")?.lines().count() < 2 {
+        busybox(&["modprobe", "zram"])?;
+        fs::write("/sys/block/zram0/disksize", "256M")?;
+        busybox(&["mkswap", "/dev/zram0"])?;
+        busybox(&["swapon", "/dev/zram0"])?;
+    }
+    Ok(())
+}
+
+/// Runs one test in a process of its own. What it printed comes with the error.
+fn run(name: &str, limit: Duration) -> Result<(), String> {
+    let spawn = || -> Result<(Child, UnixStream)> {
+        let (reader, writer) = UnixStream::pair()?;
+        let writer = OwnedFd::from(writer);
+        let child = Command::new(env::current_exe()?)
+            .args(env::args_os().skip(1))
+            .args(["--one", name])
+            .stdin(Stdio::null())
+            .stdout(writer.try_clone()?)
+            .stderr(writer)
+            .spawn()?;
+        Ok((child, reader))
+    };
+    let (mut child, mut reader) = spawn().map_err(|err| format!("{err:#}"))?;
+    let output = thread::spawn(move || {
+        let mut bytes = Vec::new();
+        let _ = reader.read_to_end(&mut bytes);
+        String::from_utf8_lossy(&bytes).into_owned()
+    });
+
+    let start = Instant::now();
+    let status = loop {
+        match child.try_wait() {
+            Ok(Some(status)) => break Some(status),
+            Ok(None) if start.elapsed() > limit => {
+                let _ = child.kill();
+                let _ = child.wait();
+                break None;
+            }
+            _ => thread::sleep(Duration::from_millis(2)),
+        }
+    };
+    // A child of the test may hold the pipe for ever.
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !output.is_finished() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(1));
+    }
+    let said = if output.is_finished() { output.join().unwrap_or_default() } else { String::new() };
+
+    match status {
+        Some(status) if status.success() => {
+            print!("{said}");
+            Ok(())
+        }
+        Some(status) => match status.signal() {
+            Some(signal) => Err(format!("{said}crashed: signal {signal}")),
+            None => Err(said),
+        },
+        None => Err(format!("{said}still running after {} s", limit.as_secs())),
+    }
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    if args.list {
+        all().for_each(|(name, _)| println!("{name}"));
+        return ExitCode::SUCCESS;
+    }
+    if let Some(name) = &args.one {
+        let Some((_, test)) = all().find(|(known, _)| known == name) else {
+            eprintln!("no test {name}");
+            return ExitCode::from(2);
+        };
+        return match test(&args) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(err) => {
+                println!("{err:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    if let Some(unknown) = args.tests.iter().find(|name| !all().any(|(known, _)| known == name)) {
+        eprintln!("no test {unknown}; --list shows them");
+        return ExitCode::from(2);
+    }
+
+    println!("KTAP version 1");
+    if let Err(err) = set_up() {
+        println!("Bail out! {err:#}");
+        return ExitCode::FAILURE;
+    }
+    let chosen: Vec<_> = all()
+        .filter(|(name, _)| args.tests.is_empty() || args.tests.iter().any(|test| test == name))
+        .collect();
+    println!("1..{}", chosen.len());
+
+    let limit = Duration::from_secs(120 + args.race + args.operations / 50);
+    let mut failed = false;
+    for (number, (name, _)) in (1..).zip(&chosen) {
+        let before = taint();
+        let mut result = run(name, limit);
+        // Some tests change it.
+        let _ = fs::write("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "never");
+        match (before, taint()) {
+            (Ok(before), Ok(after)) if before == after => {}
+            taint => result = Err(format!("the kernel was tainted: {taint:x?}")),
+        }
+        match result {
+            Ok(()) => println!("ok {number} {name}"),
+            Err(why) => {
+                failed = true;
+                why.trim_end().lines().for_each(|line| println!("# {line}"));
+                println!("not ok {number} {name}");
+            }
+        }
+    }
+    ExitCode::from(u8::from(failed))
+}

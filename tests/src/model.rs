@@ -1,0 +1,612 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Random operations of several processes on several objects, held against a model of the rule.
+//!
+//! This process draws the operations and keeps the model. The others carry them out, each in an
+//! arena of address space of its own. After every operation the driver's own count of pages must
+//! be the model's, and every read must find what the model says.
+
+use crate::sys::*;
+use anyhow::{Context, Result, bail, ensure};
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::ops::RangeInclusive;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+
+const SLOTS: usize = 6;
+const ARENA: usize = 48;
+const OBJECTS: usize = 4;
+const OBJECT_PAGES: usize = 24;
+
+/// What a process is asked to do: a command, its arguments, and the object to count afterwards.
+type Request = [u64; 7];
+
+const MAP: u64 = 0;
+const UNMAP: u64 = 1;
+const COVER: u64 = 2;
+const REMAP: u64 = 3;
+const WRITE: u64 = 4;
+const READ: u64 = 5;
+const ADVISE: u64 = 6;
+const PROTECT: u64 = 7;
+const PWRITE: u64 = 8;
+const PUNCH: u64 = 9;
+const FORK: u64 = 10;
+const EXIT: u64 = 11;
+
+/// What it answers: an errno, a value, and the object's pages, there and freed.
+type Reply = [u64; 4];
+
+/// Requests that are sent together. Each is done and counted before the next.
+const BATCH: usize = 16;
+
+/// Both ends of a slot's line; every process has all of them, and uses one.
+struct Line {
+    ours: UnixStream,
+    theirs: UnixStream,
+}
+
+fn send<const N: usize>(mut to: &UnixStream, messages: &[[u64; N]]) -> std::io::Result<()> {
+    let bytes: Vec<u8> = messages.as_flattened().iter().flat_map(|word| word.to_ne_bytes()).collect();
+    to.write_all(&bytes)
+}
+
+fn receive<const N: usize>(mut from: &UnixStream) -> std::io::Result<[u64; N]> {
+    let mut bytes = [[0; 8]; N];
+    from.read_exact(bytes.as_flattened_mut())?;
+    Ok(bytes.map(u64::from_ne_bytes))
+}
+
+/// The objects, and their `fdinfo` in the process that keeps the model.
+struct Objects {
+    fds: Vec<OwnedFd>,
+    infos: Vec<File>,
+}
+
+impl Objects {
+    fn make() -> Result<Self> {
+        let fds = (0..OBJECTS)
+            .map(|object| if object < OBJECTS / 2 { device() } else { ioctl_file(OBJECT_PAGES) })
+            .collect::<Result<Vec<_>>>()?;
+        let infos = fds
+            .iter()
+            .map(|fd| File::open(format!("/proc/{}/fdinfo/{}", std::process::id(), fd.as_raw_fd())))
+            .collect::<std::io::Result<Vec<_>>>()?;
+        Ok(Self { fds, infos })
+    }
+
+    /// Pages of an object, there and freed.
+    fn count(&self, object: usize) -> Result<[u64; 2]> {
+        let mut text = [0; 512];
+        let len = self.infos[object].read_at(&mut text, 0)?;
+        let info = parse_info(std::str::from_utf8(&text[..len])?)?;
+        Ok([(info.resident + info.swapped) as u64, info.freed])
+    }
+}
+
+/// Carries out requests until told to exit.
+fn serve(mut slot: usize, lines: &[Line], objects: &Objects, arena: Map) -> ! {
+    let mut work = || -> Result<()> {
+        loop {
+            let request: Request = receive(&lines[slot].theirs)?;
+            let answer = match request[0] {
+                EXIT => return Ok(()),
+                FORK => {
+                    // SAFETY: The child goes on in this loop, with a slot of its own.
+                    let pid = unsafe { libc::fork() };
+                    if pid == 0 {
+                        slot = request[1] as usize;
+                        continue;
+                    }
+                    cvt(pid).map(|pid| pid as u64)
+                }
+                _ => carry_out(&request, objects, arena),
+            };
+            let [pages, freed] = objects.count(request[6] as usize)?;
+            let reply: Reply = match answer {
+                Ok(value) => [0, value, pages, freed],
+                Err(err) => [err.raw_os_error().unwrap_or(1) as u64, 0, pages, freed],
+            };
+            send(&lines[slot].theirs, &[reply])?;
+        }
+    };
+    let status = i32::from(work().is_err());
+    // SAFETY: Ends this process.
+    unsafe { libc::_exit(status) }
+}
+
+fn carry_out(request: &Request, objects: &Objects, arena: Map) -> std::io::Result<u64> {
+    let [command, at, len, a, b, c, _] = *request;
+    let range = || arena.part(at as usize, len as usize);
+    match command {
+        MAP => {
+            let kind = if c == 0 { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+            let fd = objects.fds[a as usize].as_raw_fd();
+            Map::new(range().addr, range().pages, RW, kind | libc::MAP_FIXED, fd, b as usize)?;
+        }
+        UNMAP => {
+            // SAFETY: Of this process's own arena.
+            cvt(unsafe { libc::munmap(range().addr.cast(), range().pages * PAGE) })?;
+        }
+        COVER => {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+            Map::new(range().addr, range().pages, libc::PROT_NONE, flags, -1, 0)?;
+        }
+        REMAP => {
+            let to = arena.part(a as usize, len as usize).addr;
+            range().remap(len as usize, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, to)?;
+        }
+        WRITE => range().write(0, a),
+        READ => return Ok(range().read(0)),
+        ADVISE => range().advise(a as i32)?,
+        PROTECT => range().protect(libc::PROT_READ).and_then(|()| range().protect(RW))?,
+        PWRITE => {
+            let value = c.to_ne_bytes();
+            let offset = b as i64 * PAGE as i64;
+            // SAFETY: Eight bytes of ours.
+            return Ok(cvt(unsafe {
+                libc::pwrite(objects.fds[a as usize].as_raw_fd(), value.as_ptr().cast(), 8, offset)
+            } as i32)? as u64);
+        }
+        _ => {
+            assert!(command == PUNCH);
+            let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+            let (fd, offset) = (objects.fds[a as usize].as_raw_fd(), b as i64 * PAGE as i64);
+            // SAFETY: No memory involved.
+            cvt(unsafe { libc::fallocate(fd, mode, offset, PAGE as i64) })?;
+        }
+    }
+    Ok(0)
+}
+
+/// A page of a process's arena that maps a page of an object.
+#[derive(Clone, Copy, Debug)]
+struct Cell {
+    object: usize,
+    page: usize,
+    private: bool,
+    /// A private mapping's own copy, once written.
+    copy: Option<u64>,
+    /// Cells side by side with the same number are of one VMA.
+    vma: u64,
+}
+
+type Arena = [Option<Cell>; ARENA];
+
+struct Process {
+    pid: i32,
+    arena: Arena,
+}
+
+/// A page that exists. One that does not reads as zero.
+#[derive(Clone, Copy, Default)]
+struct Page {
+    value: u64,
+    /// Never written, so still all zero, and the subject of MADV_PAGEOUT: instead of swapping it
+    /// out, the kernel may have dropped it.
+    maybe_dropped: bool,
+    written: bool,
+}
+
+impl Page {
+    fn written(value: u64) -> Option<Self> {
+        Some(Self { value, written: true, maybe_dropped: false })
+    }
+}
+
+#[derive(Clone, Default)]
+struct Object {
+    pages: [Option<Page>; OBJECT_PAGES],
+    /// Pages freed by unmapping so far, at least.
+    freed: u64,
+    /// As above, but of those that may have been dropped before.
+    maybe_freed: u64,
+}
+
+impl Object {
+    /// How many pages it has, and how many were freed, at least and at most.
+    fn counts(&self) -> (RangeInclusive<u64>, RangeInclusive<u64>) {
+        let most = self.pages.iter().flatten().count() as u64;
+        let dropped = self.pages.iter().flatten().filter(|page| page.maybe_dropped).count() as u64;
+        (most - dropped..=most, self.freed..=self.freed + self.maybe_freed)
+    }
+}
+
+/// A request that was drawn, and what the model says of it.
+struct Expectation {
+    operation: u64,
+    what: String,
+    request: Request,
+    value: u64,
+    pages: RangeInclusive<u64>,
+    freed: RangeInclusive<u64>,
+}
+
+struct Model<'a> {
+    rng: fastrand::Rng,
+    lines: &'a [Line],
+    processes: [Option<Process>; SLOTS],
+    objects: Vec<Object>,
+    next: u64,
+    operation: u64,
+    /// Drawn, but not sent yet: all of one slot.
+    pending: (usize, Vec<Expectation>),
+    history: VecDeque<String>,
+}
+
+impl Model<'_> {
+    fn unique(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    /// Takes note of a request. To be called when the model is as it will be afterwards.
+    fn expect(&mut self, slot: usize, request: [u64; 6], value: u64, object: usize, what: String) -> Result<()> {
+        if self.pending.0 != slot || self.pending.1.len() == BATCH {
+            self.flush()?;
+        }
+        let [command, at, len, a, b, c] = request;
+        let (pages, freed) = self.objects[object].counts();
+        self.pending.0 = slot;
+        self.pending.1.push(Expectation {
+            operation: self.operation,
+            what: format!("process {slot}: {what}"),
+            request: [command, at, len, a, b, c, object as u64],
+            value,
+            pages,
+            freed,
+        });
+        Ok(())
+    }
+
+    /// Has the pending requests carried out, and compares.
+    fn flush(&mut self) -> Result<()> {
+        let (slot, expectations) = (self.pending.0, std::mem::take(&mut self.pending.1));
+        let requests: Vec<_> = expectations.iter().map(|expected| expected.request).collect();
+        send(&self.lines[slot].ours, &requests)?;
+        for expected in expectations {
+            if self.history.len() == 30 {
+                self.history.pop_front();
+            }
+            self.history.push_back(expected.what);
+            let [errno, value, pages, freed]: Reply =
+                receive(&self.lines[slot].ours).context("a process is gone")?;
+            let operation = expected.operation;
+            ensure!(errno == 0, "operation {operation}: errno {errno}");
+            ensure!(value == expected.value, "operation {operation}: {value}, not {}", expected.value);
+            let object = expected.request[6];
+            ensure!(
+                expected.pages.contains(&pages),
+                "operation {operation}: object {object} has {pages} pages, not {:?}",
+                expected.pages
+            );
+            ensure!(
+                expected.freed.contains(&freed),
+                "operation {operation}: object {object}: {freed} pages freed, not {:?}",
+                expected.freed
+            );
+        }
+        Ok(())
+    }
+
+    fn arena(&mut self, slot: usize) -> &mut Arena {
+        &mut self.processes[slot].as_mut().expect("a live process").arena
+    }
+
+    fn is_covered(&self, object: usize, page: usize) -> bool {
+        self.processes
+            .iter()
+            .flatten()
+            .flat_map(|process| process.arena.iter().flatten())
+            .any(|cell| (cell.object, cell.page) == (object, page))
+    }
+
+    /// The rule, for cells that were just taken out of an arena.
+    fn closed(&mut self, cells: Vec<Cell>) {
+        for cell in cells {
+            if !self.is_covered(cell.object, cell.page) {
+                let object = &mut self.objects[cell.object];
+                if let Some(page) = object.pages[cell.page].take() {
+                    if page.maybe_dropped {
+                        object.maybe_freed += 1;
+                    } else {
+                        object.freed += 1;
+                    }
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, slot: usize, at: usize, len: usize) -> Vec<Cell> {
+        self.arena(slot)[at..at + len].iter_mut().filter_map(Option::take).collect()
+    }
+
+    fn empty(&mut self, slot: usize, at: usize, len: usize) {
+        let cells = self.take(slot, at, len);
+        self.closed(cells);
+    }
+
+    /// What a touch of a cell finds. It brings in the object's page, unless there is a copy.
+    fn touch(&mut self, cell: Cell) -> u64 {
+        cell.copy.unwrap_or_else(|| {
+            let page = self.objects[cell.object].pages[cell.page].get_or_insert_default();
+            page.maybe_dropped = false;
+            page.value
+        })
+    }
+
+    fn draw_range(&mut self) -> (usize, usize) {
+        let at = self.rng.usize(..ARENA);
+        (at, self.rng.usize(1..=12.min(ARENA - at)))
+    }
+
+    /// A mapped cell of the process, if there is one.
+    fn draw_cell(&mut self, slot: usize) -> Option<(usize, Cell)> {
+        let mapped: Vec<_> = self
+            .arena(slot)
+            .iter()
+            .enumerate()
+            .filter_map(|(at, cell)| cell.map(|cell| (at, cell)))
+            .collect();
+        self.rng.choice(mapped)
+    }
+
+    /// A run of cells of one VMA, if there is one.
+    fn draw_run(&mut self, slot: usize) -> Option<(usize, usize, Cell)> {
+        let (at, cell) = self.draw_cell(slot)?;
+        let most = self.rng.usize(1..=8);
+        let run = self.arena(slot)[at..]
+            .iter()
+            .take(most)
+            .take_while(|other| other.is_some_and(|other| other.vma == cell.vma))
+            .count();
+        Some((at, run, cell))
+    }
+
+    fn step(&mut self) -> Result<()> {
+        let live: Vec<_> = (0..SLOTS).filter(|slot| self.processes[*slot].is_some()).collect();
+        // Mostly the same process for a while.
+        let slot = match self.pending.0 {
+            slot if live.contains(&slot) && self.rng.u8(..8) != 0 => slot,
+            _ => self.rng.choice(live.iter().copied()).expect("one process is always left"),
+        };
+        let any = self.rng.usize(..OBJECTS);
+
+        match self.rng.u32(..100) {
+            0..18 => {
+                let (at, mut len) = self.draw_range();
+                let object = self.rng.usize(..OBJECTS);
+                let page = self.rng.usize(..OBJECT_PAGES);
+                len = len.min(OBJECT_PAGES - page);
+                let private = self.rng.u8(..4) == 0;
+                self.empty(slot, at, len);
+                let vma = self.unique();
+                for (index, cell) in self.arena(slot)[at..at + len].iter_mut().enumerate() {
+                    *cell = Some(Cell { object, page: page + index, private, copy: None, vma });
+                }
+                let what = format!("map {at}+{len} object {object} page {page} private {private}");
+                let request =
+                    [MAP, at as u64, len as u64, object as u64, page as u64, private.into()];
+                self.expect(slot, request, 0, any, what)
+            }
+            18..26 => {
+                let (at, len) = self.draw_range();
+                let (command, how) = if self.rng.bool() { (UNMAP, "unmap") } else { (COVER, "cover") };
+                self.empty(slot, at, len);
+                let request = [command, at as u64, len as u64, 0, 0, 0];
+                self.expect(slot, request, 0, any, format!("{how} {at}+{len}"))
+            }
+            26..32 => {
+                let Some((from, len, cell)) = self.draw_run(slot) else { return Ok(()) };
+                let to = self.rng.usize(..=ARENA - len);
+                if from < to + len && to < from + len {
+                    return Ok(());
+                }
+                let vma = self.unique();
+                let moved: Vec<_> = self.arena(slot)[from..from + len].to_vec();
+                let over = self.take(slot, to, len);
+                self.take(slot, from, len);
+                for (cell, moved) in self.arena(slot)[to..to + len].iter_mut().zip(moved) {
+                    *cell = moved.map(|cell| Cell { vma, ..cell });
+                }
+                self.closed(over);
+                let request = [REMAP, from as u64, len as u64, to as u64, 0, 0];
+                self.expect(slot, request, 0, cell.object, format!("remap {from}+{len} to {to}"))
+            }
+            32..60 => {
+                let Some((at, cell)) = self.draw_cell(slot) else { return Ok(()) };
+                let value = self.unique();
+                self.touch(cell);
+                if cell.private {
+                    self.arena(slot)[at] = Some(Cell { copy: Some(value), ..cell });
+                } else {
+                    self.objects[cell.object].pages[cell.page] = Page::written(value);
+                }
+                let request = [WRITE, at as u64, 1, value, 0, 0];
+                self.expect(slot, request, 0, cell.object, format!("write {at}: {cell:?} = {value}"))
+            }
+            60..76 => {
+                let Some((at, cell)) = self.draw_cell(slot) else { return Ok(()) };
+                self.read(slot, at, cell)
+            }
+            76..84 => {
+                let Some((at, len, cell)) = self.draw_run(slot) else { return Ok(()) };
+                let advices =
+                    [libc::MADV_DONTNEED, libc::MADV_COLD, libc::MADV_PAGEOUT, libc::MADV_REMOVE];
+                let advice = advices[self.rng.usize(..advices.len())];
+                if advice == libc::MADV_REMOVE && cell.private {
+                    return Ok(());
+                }
+                for at in at..at + len {
+                    let Some(cell) = self.arena(slot)[at] else { continue };
+                    if advice == libc::MADV_REMOVE {
+                        self.objects[cell.object].pages[cell.page] = None;
+                    } else if advice == libc::MADV_DONTNEED {
+                        self.arena(slot)[at] = Some(Cell { copy: None, ..cell });
+                    } else if advice == libc::MADV_PAGEOUT {
+                        if let Some(page) = &mut self.objects[cell.object].pages[cell.page] {
+                            page.maybe_dropped = !page.written;
+                        }
+                    }
+                }
+                let request = [ADVISE, at as u64, len as u64, advice as u64, 0, 0];
+                self.expect(slot, request, 0, cell.object, format!("advice {advice} {at}+{len}"))
+            }
+            84..88 => {
+                let Some((at, len, cell)) = self.draw_run(slot) else { return Ok(()) };
+                // The VMA is split at both ends, and may stay so.
+                let (middle, right) = (self.unique(), self.unique());
+                for (index, other) in self.arena(slot).iter_mut().enumerate().skip(at) {
+                    if let Some(other) = other.as_mut().filter(|other| other.vma == cell.vma) {
+                        other.vma = if index < at + len { middle } else { right };
+                    }
+                }
+                let request = [PROTECT, at as u64, len as u64, 0, 0, 0];
+                self.expect(slot, request, 0, any, format!("protect and unprotect {at}+{len}"))
+            }
+            88..92 => {
+                // By write(2) and fallocate(2): only files of the ioctl take them.
+                let object = OBJECTS / 2 + self.rng.usize(..OBJECTS / 2);
+                let page = self.rng.usize(..OBJECT_PAGES);
+                let of = [object as u64, page as u64];
+                if self.rng.bool() {
+                    let value = self.unique();
+                    self.objects[object].pages[page] = Page::written(value);
+                    let what = format!("pwrite object {object} page {page} = {value}");
+                    self.expect(slot, [PWRITE, 0, 0, of[0], of[1], value], 8, object, what)
+                } else {
+                    self.objects[object].pages[page] = None;
+                    let what = format!("punch object {object} page {page}");
+                    self.expect(slot, [PUNCH, 0, 0, of[0], of[1], 0], 0, object, what)
+                }
+            }
+            92..94 => {
+                let Some(free) = (0..SLOTS).find(|slot| self.processes[*slot].is_none()) else {
+                    return Ok(());
+                };
+                self.flush()?;
+                self.history.push_back(format!("process {slot}: fork to {free}"));
+                send(&self.lines[slot].ours, &[[FORK, free as u64, 0, 0, 0, 0, 0]])?;
+                let [errno, pid, _, _]: Reply = receive(&self.lines[slot].ours)?;
+                ensure!(errno == 0, "operation {}: fork: errno {errno}", self.operation);
+                let arena = *self.arena(slot);
+                self.processes[free] = Some(Process { pid: pid as i32, arena });
+                Ok(())
+            }
+            94..96 if live.len() > 1 => {
+                let gently = self.rng.bool();
+                self.history.push_back(format!("process {slot}: ends, gently {gently}"));
+                self.end(slot, gently)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn read(&mut self, slot: usize, at: usize, cell: Cell) -> Result<()> {
+        let value = self.touch(cell);
+        let request = [READ, at as u64, 1, 0, 0, 0];
+        self.expect(slot, request, value, cell.object, format!("read {at}: {cell:?}"))
+    }
+
+    /// Ends a process, and waits until its memory is gone.
+    fn end(&mut self, slot: usize, gently: bool) -> Result<()> {
+        self.flush()?;
+        let Some(process) = self.processes[slot].take() else { return Ok(()) };
+        // SAFETY: The descriptor is new.
+        let pidfd = unsafe {
+            OwnedFd::from_raw_fd(cvt(libc::syscall(libc::SYS_pidfd_open, process.pid, 0) as i32)?)
+        };
+        if gently {
+            send(&self.lines[slot].ours, &[[EXIT, 0, 0, 0, 0, 0, 0]])?;
+        } else {
+            // SAFETY: A process of ours.
+            cvt(unsafe { libc::kill(process.pid, libc::SIGKILL) })?;
+        }
+        let mut poll = libc::pollfd { fd: pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: One structure of ours.
+        ensure!(unsafe { libc::poll(&mut poll, 1, 30_000) } == 1, "process {slot} does not end");
+        self.closed(process.arena.into_iter().flatten().collect());
+        Ok(())
+    }
+
+    /// Reads every mapped page of every process.
+    fn check_contents(&mut self) -> Result<()> {
+        for slot in 0..SLOTS {
+            for at in 0..ARENA {
+                let cell = self.processes[slot].as_ref().and_then(|process| process.arena[at]);
+                if let Some(cell) = cell {
+                    self.read(slot, at, cell)?;
+                }
+            }
+        }
+        self.flush()
+    }
+
+    fn run(&mut self, operations: u64, objects: &Objects) -> Result<()> {
+        for operation in 0..operations {
+            self.operation = operation;
+            self.step()?;
+            if operation % 1024 == 1023 {
+                self.check_contents()?;
+            }
+        }
+        self.check_contents()?;
+        for slot in 0..SLOTS {
+            self.end(slot, true)?;
+        }
+        for (number, object) in self.objects.iter().enumerate() {
+            let ((pages, freed), [found, gone]) = (object.counts(), objects.count(number)?);
+            ensure!(
+                pages.contains(&found) && freed.contains(&gone),
+                "all ended, and object {number} has {found} pages, not {pages:?}; freed {gone}, not {freed:?}"
+            );
+        }
+        Ok(())
+    }
+}
+
+pub fn run(seed: Option<u64>, operations: u64) -> Result<()> {
+    let seed = seed.unwrap_or_else(|| fastrand::u64(..));
+    println!("# seed {seed}, {operations} operations");
+
+    // Who is killed need not be waited for, whosever child he is.
+    // SAFETY: No handler involved.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+    let objects = Objects::make()?;
+    let lines = (0..SLOTS)
+        .map(|_| UnixStream::pair().map(|(ours, theirs)| Line { ours, theirs }))
+        .collect::<std::io::Result<Vec<_>>>()?;
+    let arena = Map::reserve(ARENA)?;
+    // SAFETY: Single-threaded so far.
+    let pid = cvt(unsafe { libc::fork() })?;
+    if pid == 0 {
+        serve(0, &lines, &objects, arena);
+    }
+
+    let mut model = Model {
+        rng: fastrand::Rng::with_seed(seed),
+        lines: &lines,
+        processes: [const { None }; SLOTS],
+        objects: vec![Object::default(); OBJECTS],
+        next: 0,
+        operation: 0,
+        pending: (0, Vec::new()),
+        history: VecDeque::new(),
+    };
+    model.processes[0] = Some(Process { pid, arena: [None; ARENA] });
+    let result = model.run(operations, &objects);
+    for process in model.processes.iter().flatten() {
+        // SAFETY: A process of ours.
+        unsafe { libc::kill(process.pid, libc::SIGKILL) };
+    }
+    if let Err(err) = result {
+        for line in &model.history {
+            println!("# {line}");
+        }
+        bail!("seed {seed}: {err:#}");
+    }
+    Ok(())
+}
