@@ -26,14 +26,17 @@ struct file *devanon_shmem_file_setup(const char *name, loff_t size)
 	return shmem_file_setup(name, size, mk_vma_flags(VMA_NORESERVE_BIT));
 }
 
-/* Pages of @inode, and how many of them are in swap. */
-void devanon_shmem_pages(struct inode *inode, unsigned long *alloced,
+/*
+ * Pages of @inode in memory and in swap. shmem's own sum of both lags behind when
+ * reclaim drops pages that were never written.
+ */
+void devanon_shmem_pages(struct inode *inode, unsigned long *resident,
 			 unsigned long *swapped)
 {
 	struct shmem_inode_info *info = SHMEM_I(inode);
 
 	spin_lock(&info->lock);
-	*alloced = info->alloced;
+	*resident = READ_ONCE(inode->i_mapping->nrpages);
 	*swapped = info->swapped;
 	spin_unlock(&info->lock);
 }

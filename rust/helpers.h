@@ -9,7 +9,7 @@
 #include <linux/mm_types.h>
 
 struct file *devanon_shmem_file_setup(const char *name, loff_t size);
-void devanon_shmem_pages(struct inode *inode, unsigned long *alloced,
+void devanon_shmem_pages(struct inode *inode, unsigned long *resident,
 			 unsigned long *swapped);
 void devanon_file_set_seekable(struct file *file);
 void devanon_vma_range(struct vm_area_struct *vma, pgoff_t *first, pgoff_t *last);

@@ -94,14 +94,11 @@ impl Mapping {
 
     /// The pages of the file. Takes a spinlock of shmem's; does not sleep.
     pub(crate) fn pages(&self) -> Pages {
-        let (mut alloced, mut swapped) = (0, 0);
+        let (mut resident, mut swapped) = (0, 0);
 
         // SAFETY: By the type invariant the host is a live shmem inode.
-        unsafe { bindings::devanon_shmem_pages(self.host(), &mut alloced, &mut swapped) };
-        Pages {
-            resident: alloced.saturating_sub(swapped),
-            swapped,
-        }
+        unsafe { bindings::devanon_shmem_pages(self.host(), &mut resident, &mut swapped) };
+        Pages { resident, swapped }
     }
 
     /// Size of the file in bytes.
