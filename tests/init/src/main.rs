@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! PID 1 of the test VM.
+//!
+//! The kernel starts it with what follows `--` on its command line: the words of one command, each
+//! percent-encoded (the kernel's own quoting is lossy), or the single word `--shell`. It mounts
+//! what a test needs, runs the command with its standard output on the virtio port
+//! `org.devanon.verdict` and its standard error on the console, and powers the machine off.
+//!
+//! The lines it writes on the port itself:
+//!
+//! ```text
+//! devanon-init: started
+//! …the command's own output…
+//! devanon-init: status 0           exit status, 128 + number of the signal, 126/127 not started
+//! devanon-init: taint 0 3000       /proc/sys/kernel/tainted before and after, hexadecimal
+//! ```
+//!
+//! or `devanon-init: error TEXT` if it could not even try. Data on a virtio port is lost if the
+//! machine powers off too early, so after the last line it waits for one byte from the host.
+//!
+//! Nothing here has a time limit: a command that hangs is the runner's business.
+
+use std::ffi::OsString;
+use std::fs;
+use std::fs::File;
+use std::io;
+use std::io::Write;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::process::ExitStatusExt;
+use std::panic;
+use std::path::Path;
+use std::process::Command;
+use std::process::ExitStatus;
+use std::process::Stdio;
+use std::thread;
+use std::time::Duration;
+use std::time::Instant;
+
+use rustix::event::PollFd;
+use rustix::event::PollFlags;
+use rustix::event::Timespec;
+use rustix::event::poll;
+use rustix::mount::MountFlags;
+use rustix::mount::mount;
+use rustix::process::Pid;
+use rustix::process::Signal;
+use rustix::process::WaitOptions;
+use rustix::system::RebootCommand;
+use rustix::system::reboot;
+
+/// The name the runner gives its port.
+const PORT: &str = "org.devanon.verdict";
+
+/// How long the port may take to appear: its driver announces it from a work queue.
+const PORT_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the host may take to say that it has read everything.
+const HOST_LIMIT: Timespec = Timespec {
+    tv_sec: 30,
+    tv_nsec: 0,
+};
+
+/// Type, place and options of each mount. /tmp and /dev/shm are small on purpose: a guest's memory
+/// on /dev/anon must not depend on them.
+const MOUNTS: [(&str, &str, &str); 8] = [
+    ("proc", "/proc", ""),
+    ("sysfs", "/sys", ""),
+    ("devtmpfs", "/dev", ""),
+    ("tmpfs", "/tmp", "size=8m,mode=1777"),
+    ("tmpfs", "/dev/shm", "size=8m,mode=1777"),
+    ("devpts", "/dev/pts", "ptmxmode=0666"),
+    ("cgroup2", "/sys/fs/cgroup", ""),
+    ("debugfs", "/sys/kernel/debug", ""),
+];
+
+fn main() {
+    if std::process::id() != 1 {
+        eprintln!("devanon-init: this is PID 1 of the test VM and is of no use anywhere else");
+        std::process::exit(2);
+    }
+
+    // PID 1 must not end, so a panic here is only one more way to come to the power switch.
+    if panic::catch_unwind(run).is_err() {
+        eprintln!("devanon-init: panicked");
+    }
+    rustix::fs::sync();
+    if let Err(error) = reboot(RebootCommand::PowerOff) {
+        eprintln!("devanon-init: cannot power off: {error}");
+    }
+    loop {
+        thread::park();
+    }
+}
+
+fn run() {
+    let words: Vec<OsString> = std::env::args_os().skip(1).map(decode).collect();
+    let mounted = mount_all();
+
+    if words == ["--shell"] {
+        if let Err(error) = mounted.and_then(|()| shell()) {
+            eprintln!("devanon-init: {error}");
+        }
+        return;
+    }
+
+    let mut port = match open_port() {
+        Ok(port) => port,
+        Err(error) => {
+            eprintln!("devanon-init: no verdict port: {error}");
+            return;
+        }
+    };
+    say(&mut port, "devanon-init: started");
+    match mounted.and_then(|()| command(&words, &port)) {
+        // The command may have left its last line unfinished.
+        Ok(verdict) => say(&mut port, &format!("\n{verdict}")),
+        Err(error) => say(&mut port, &format!("\ndevanon-init: error {error}")),
+    }
+
+    let mut wait = [PollFd::new(&port, PollFlags::IN)];
+    if !matches!(poll(&mut wait, Some(&HOST_LIMIT)), Ok(1)) {
+        eprintln!("devanon-init: the host did not say that it read the verdict");
+    }
+}
+
+/// Undoes the runner's percent-encoding. A `%` with no number stands for nothing: an empty word.
+fn decode(word: OsString) -> OsString {
+    let word = word.into_vec();
+    let mut plain = Vec::with_capacity(word.len());
+    let mut rest = word.as_slice();
+    while let Some((&byte, tail)) = rest.split_first() {
+        rest = tail;
+        if byte != b'%' {
+            plain.push(byte);
+            continue;
+        }
+        let hex = tail.get(..2).and_then(|hex| std::str::from_utf8(hex).ok());
+        if let Some(value) = hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+            plain.push(value);
+            rest = &tail[2..];
+        }
+    }
+    OsString::from_vec(plain)
+}
+
+fn mount_all() -> Result<(), String> {
+    for (kind, place, options) in MOUNTS {
+        let options = std::ffi::CString::new(options).expect("no NUL in a constant");
+        fs::create_dir_all(place)
+            .and_then(|()| {
+                mount(kind, place, kind, MountFlags::empty(), options.as_c_str())
+                    .map_err(io::Error::from)
+            })
+            .map_err(|error| format!("cannot mount {kind} on {place}: {error}"))?;
+    }
+    Ok(())
+}
+
+/// Opens the port named [`PORT`] once its driver has announced it.
+fn open_port() -> io::Result<File> {
+    let start = Instant::now();
+    loop {
+        match find_port() {
+            Err(error) if start.elapsed() > PORT_LIMIT => return Err(error),
+            Err(_) => thread::sleep(Duration::from_millis(5)),
+            Ok(port) => return Ok(port),
+        }
+    }
+}
+
+fn find_port() -> io::Result<File> {
+    for entry in fs::read_dir("/sys/class/virtio-ports")? {
+        let entry = entry?;
+        if fs::read_to_string(entry.path().join("name"))?.trim() == PORT {
+            return File::options()
+                .read(true)
+                .write(true)
+                .open(Path::new("/dev").join(entry.file_name()));
+        }
+    }
+    Err(io::Error::other(format!("{PORT} not found")))
+}
+
+fn say(port: &mut File, line: &str) {
+    // There is nobody else to tell, but the console is always kept.
+    if let Err(error) = writeln!(port, "{line}") {
+        eprintln!("devanon-init: cannot write to the verdict port: {error}: {line}");
+    }
+}
+
+/// Runs the command to its end and puts the verdict into words.
+fn command(words: &[OsString], port: &File) -> Result<String, String> {
+    let (program, args) = words.split_first().ok_or("no command was given")?;
+    let stdout = port.try_clone().map_err(|error| error.to_string())?;
+    let before = taint()?;
+    let status = match environment(Command::new(program))
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(stdout)
+        .spawn()
+    {
+        Ok(child) => reap_until(Pid::from_child(&child))?,
+        Err(error) => {
+            eprintln!(
+                "devanon-init: cannot start {}: {error}",
+                program.to_string_lossy()
+            );
+            match error.kind() {
+                io::ErrorKind::NotFound => 127,
+                _ => 126,
+            }
+        }
+    };
+    end_all();
+    let after = taint()?;
+    Ok(format!(
+        "devanon-init: status {status}\ndevanon-init: taint {before:x} {after:x}"
+    ))
+}
+
+fn environment(mut command: Command) -> Command {
+    command
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .env("HOME", "/root")
+        .env("TERM", std::env::var_os("TERM").unwrap_or("linux".into()));
+    command
+}
+
+/// Waits for `child`, reaping every orphan that ends before it.
+fn reap_until(child: Pid) -> Result<i32, String> {
+    loop {
+        match rustix::process::wait(WaitOptions::empty()) {
+            Ok(Some((pid, status))) if pid == child => {
+                let status = ExitStatus::from_raw(status.as_raw());
+                let signal = || 128 + status.signal().unwrap_or(0);
+                return Ok(status.code().unwrap_or_else(signal));
+            }
+            Ok(_) | Err(rustix::io::Errno::INTR) => (),
+            Err(error) => return Err(format!("cannot wait for the command: {error}")),
+        }
+    }
+}
+
+/// Ends whatever the command left running, so that its end, too, is within the test.
+fn end_all() {
+    // Group 1 is kill(2)'s word for every process but this one; it fails only if there is none.
+    let _ = rustix::process::kill_process_group(Pid::INIT, Signal::KILL);
+    while rustix::process::wait(WaitOptions::empty()).is_ok() {}
+}
+
+fn taint() -> Result<u64, String> {
+    const PATH: &str = "/proc/sys/kernel/tainted";
+    let text = fs::read_to_string(PATH).map_err(|error| format!("{PATH}: {error}"))?;
+    text.trim()
+        .parse()
+        .map_err(|error| format!("{PATH}: {error}"))
+}
+
+/// Loads the module and gives the console to a shell.
+fn shell() -> Result<(), String> {
+    const MODULE: &str = "/lib/devanon/devanon.ko";
+    let loaded = File::open(MODULE)
+        .and_then(|module| rustix::system::finit_module(&module, c"", 0).map_err(io::Error::from));
+    match loaded {
+        Ok(()) => eprintln!("devanon-init: /dev/anon is there; leave the shell to power off"),
+        Err(error) => eprintln!("devanon-init: cannot load {MODULE}: {error}"),
+    }
+
+    let text = |error: io::Error| format!("cannot start the shell: {error}");
+    // A session of its own with the console as its terminal: job control and ctrl-C work.
+    let child = environment(Command::new("setsid"))
+        .args(["-c", "sh", "-l"])
+        .stdin(File::open("/dev/ttyS0").map_err(text)?)
+        .spawn()
+        .map_err(text)?;
+    reap_until(Pid::from_child(&child)).map(|_| ())
+}

@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Signs of kernel trouble on the console.
+//!
+//! Everything on the console counts, not only what the kernel itself printed: a test that writes
+//! one of these words to its standard error is in trouble, too.
+
+/// Each sign: pieces that one line must hold, in any order.
+const SIGNS: [&[&str]; 26] = [
+    &["BUG:"],
+    &["kernel BUG at"],
+    &["WARNING:"],
+    &["Oops"],
+    &["Kernel panic"],
+    &["general protection fault"],
+    &["KASAN"],
+    &["KCSAN"],
+    &["KFENCE"],
+    &["KMSAN"],
+    &["UBSAN"],
+    &["possible recursive locking"],
+    &["circular locking"],
+    &["inconsistent lock state"],
+    &["suspicious RCU usage"],
+    &["rcu", "detected", "stall"],
+    &["INFO: task"],
+    &["soft lockup"],
+    &["hard LOCKUP"],
+    &["scheduling while atomic"],
+    &["sleeping function called"],
+    &["unreferenced object"],
+    &["Bad page"],
+    &["Bad rss-counter"],
+    &["refcount_t"],
+    &["still has locks held"],
+];
+
+fn holds(line: &str, pieces: &[&str]) -> bool {
+    pieces.iter().all(|piece| line.contains(piece))
+}
+
+/// Is this line a sign of kernel trouble?
+pub fn is_trouble(line: &str) -> bool {
+    // "traps: NAME[PID] general protection fault" is a program of user space that ended by its
+    // own fault.
+    SIGNS.iter().any(|sign| holds(line, sign)) && !line.contains("traps: ")
+}
+
+/// The lines of a console log, without the carriage returns of a serial line.
+pub fn lines(log: &str) -> Vec<&str> {
+    log.lines()
+        .map(|line| line.trim_end_matches('\r'))
+        .collect()
+}
+
+/// The last `count` lines.
+pub fn tail<'a>(lines: &'a [&'a str], count: usize) -> &'a [&'a str] {
+    &lines[lines.len().saturating_sub(count)..]
+}
+
+/// Taint that the kernel has after the run, had not before, and that an out-of-tree (O), unsigned
+/// (E) module does not explain; as the kernel's own letters.
+pub fn new_taint(before: u64, after: u64) -> String {
+    const LETTERS: &str = "PFSRMBUDAWCIOELKXTNJ";
+    const EXPECTED: u64 = (1 << 12) | (1 << 13);
+    let new = after & !before & !EXPECTED;
+    (0..u64::BITS)
+        .filter(|bit| new & (1 << bit) != 0)
+        .map(|bit| LETTERS.chars().nth(bit as usize).unwrap_or('?'))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One real line for each sign, in the order of [`SIGNS`].
+    const SEEN: [&str; SIGNS.len()] = [
+        "[    1.0] BUG: kernel NULL pointer dereference, address: 0000000000000000",
+        "[    1.0] kernel BUG at mm/filemap.c:153!",
+        "[    1.0] WARNING: CPU: 0 PID: 77 at mm/shmem.c:1301 shmem_evict_inode+0x2a/0x2c0",
+        "[    1.0] Oops: 0002 [#1] PREEMPT SMP NOPTI",
+        "[    1.0] Kernel panic - not syncing: sysrq triggered crash",
+        "[    1.0] Oops: general protection fault, probably for non-canonical address 0xdead",
+        "[    1.0] BUG: KASAN: slab-use-after-free in devanon_close+0x12/0x40 [devanon]",
+        "[    1.0] BUG: KCSAN: data-race in a / b",
+        "[    1.0] BUG: KFENCE: use-after-free read in a+0x1/0x2",
+        "[    1.0] BUG: KMSAN: uninit-value in a+0x1/0x2",
+        "[    1.0] UBSAN: array-index-out-of-bounds in mm/shmem.c:12:3",
+        "[    1.0] WARNING: possible recursive locking detected",
+        "[    1.0] WARNING: possible circular locking dependency detected",
+        "[    1.0] WARNING: inconsistent lock state",
+        "[    1.0] WARNING: suspicious RCU usage",
+        "[    1.0] rcu: INFO: rcu_preempt self-detected stall on CPU",
+        "[    1.0] INFO: task devanon-tests:77 blocked for more than 120 seconds.",
+        "[    1.0] watchdog: BUG: soft lockup - CPU#0 stuck for 26s! [devanon-tests:77]",
+        "[    1.0] NMI watchdog: Watchdog detected hard LOCKUP on cpu 0",
+        "[    1.0] BUG: scheduling while atomic: devanon-tests/77/0x00000002",
+        "[    1.0] BUG: sleeping function called from invalid context at mm/truncate.c:3",
+        "unreferenced object 0xffff888003a5c000 (size 1024):",
+        "[    1.0] BUG: Bad page state in process devanon-tests  pfn:12345",
+        "[    1.0] BUG: Bad rss-counter state mm:000000007d9a4a2b type:MM_SHMEMPAGES val:1",
+        "[    1.0] refcount_t: underflow; use-after-free.",
+        "[    1.0] WARNING: devanon-tests/77 still has locks held!",
+    ];
+
+    #[test]
+    fn every_sign_is_seen_by_itself() {
+        for (sign, line) in SIGNS.iter().zip(SEEN) {
+            assert!(holds(line, sign), "{sign:?} is not in {line:?}");
+            assert!(is_trouble(line), "{line}");
+        }
+    }
+
+    #[test]
+    fn ordinary_lines_are_no_trouble() {
+        for line in [
+            "[    0.1] rcu: Hierarchical RCU implementation.",
+            "[    0.1] rcu: \tRCU CPU stall warnings timeout set to 60 (rcu_cpu_stall_timeout).",
+            "[    0.1] devanon: loading out-of-tree module taints kernel.",
+            "[    9.1] traps: a.out[80] general protection fault ip:401136 sp:7ffc error:0 in a.out",
+            "[    0.1] kasan: KernelAddressSanitizer initialized (generic)",
+            "[    0.1] Booting the kernel",
+        ] {
+            assert!(!is_trouble(line), "{line}");
+        }
+    }
+
+    #[test]
+    fn only_unexpected_new_taint_counts() {
+        assert_eq!(new_taint(0, 0x3000), "");
+        assert_eq!(new_taint(0x200, 0x3200), "");
+        assert_eq!(new_taint(0, 0x3280), "DW");
+    }
+}

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The kernel to boot: build/kernels/LINE.
+
+use std::fs;
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Context;
+use anyhow::Result;
+
+use crate::initramfs::bytes;
+
+/// One kernel line.
+pub struct Kernel {
+    pub directory: PathBuf,
+    /// What `uname -r` says in it.
+    pub release: String,
+}
+
+impl Kernel {
+    pub fn of_line(line: &str) -> Result<Self> {
+        let directory = Path::new("build/kernels").join(line);
+        let release = fs::read_to_string(directory.join("release"))
+            .with_context(|| format!("no kernel of line {line} in {}", directory.display()))?;
+        Ok(Kernel {
+            directory,
+            release: release.trim().to_owned(),
+        })
+    }
+
+    /// The file to boot: the kernel proper, taken out of the vmlinuz that packs it.
+    ///
+    /// QEMU starts it by its PVH entry, which spares an emulated machine more than two seconds of
+    /// unpacking. It is the same kernel, but for KASLR, which is the unpacker's work. What is not
+    /// packed with zstd boots as it is.
+    pub fn image(&self) -> Result<PathBuf> {
+        let packed = self.directory.join("vmlinuz");
+        let image = Path::new("build/vm").join(format!("vmlinux-{}", self.release));
+        let modified = |path: &Path| fs::metadata(path).and_then(|meta| meta.modified());
+        let made = modified(&packed).with_context(|| format!("no {}", packed.display()))?;
+        if modified(&image).is_ok_and(|time| time >= made) {
+            return Ok(image);
+        }
+        let data = fs::read(&packed)?;
+        let Some(payload) = payload(&data) else {
+            return Ok(packed);
+        };
+        // Another run may be doing the same.
+        let new = PathBuf::from(format!("{}.{}", image.display(), std::process::id()));
+        let packed = PathBuf::from(format!("{}.zst", new.display()));
+        fs::write(&packed, payload)?;
+        bytes(Command::new("zstd").args(["-dq", "--rm"]).arg(&packed))?;
+        fs::rename(new, &image)?;
+        Ok(image)
+    }
+}
+
+/// The zstd stream in a bzImage: see payload_offset and payload_length in the kernel's
+/// Documentation/arch/x86/boot.rst.
+fn payload(image: &[u8]) -> Option<&[u8]> {
+    const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
+    let word = |at: usize| {
+        let bytes = image.get(at..at + 4)?.try_into().ok()?;
+        usize::try_from(u32::from_le_bytes(bytes)).ok()
+    };
+    let sectors = usize::from(*image.get(0x1f1)?);
+    let start = (sectors + 1) * 512 + word(0x248)?;
+    // The length of what is packed follows the stream, in four bytes that zstd does not know.
+    let end = start + word(0x24c)?.checked_sub(4)?;
+    let payload = image.get(start..end)?;
+    payload.starts_with(ZSTD).then_some(payload)
+}

@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Counts what a KTAP stream says (Documentation/dev-tools/ktap.rst).
+//!
+//! It counts leaves: a test with subtests stands for them. It believes no stream that does not add
+//! up: a missing plan, a number out of order, a test planned and never reported (its program
+//! crashed), or no test at all is a problem, and a problem is a failure.
+
+/// What a stream has said so far.
+#[derive(Default)]
+pub struct Ktap {
+    pub passed: u64,
+    pub failed: u64,
+    pub skipped: u64,
+    /// One sentence for each failed test and each thing that does not add up.
+    pub problems: Vec<String>,
+    /// The open levels, outermost first.
+    levels: Vec<Level>,
+}
+
+#[derive(Default)]
+struct Level {
+    plan: Option<u64>,
+    seen: u64,
+    failed: bool,
+}
+
+enum Line {
+    Version,
+    Plan { count: u64, skip: bool },
+    Result { ok: bool, number: u64, skip: bool },
+    BailOut,
+    Other,
+}
+
+fn parse(text: &str) -> Line {
+    let skip = text.to_ascii_uppercase().contains("# SKIP");
+    let word = text.split_whitespace().next().unwrap_or("");
+    if text.starts_with("KTAP version ") || text.starts_with("TAP version ") {
+        return Line::Version;
+    }
+    if text.starts_with("Bail out!") {
+        return Line::BailOut;
+    }
+    if let Some(count) = word.strip_prefix("1..").and_then(|n| n.parse().ok()) {
+        return Line::Plan { count, skip };
+    }
+    let (ok, rest) = match text.strip_prefix("not ok ") {
+        Some(rest) => (false, rest),
+        None => match text.strip_prefix("ok ") {
+            Some(rest) => (true, rest),
+            None => return Line::Other,
+        },
+    };
+    match rest.split_whitespace().next().map(str::parse) {
+        Some(Ok(number)) => Line::Result { ok, number, skip },
+        _ => Line::Other,
+    }
+}
+
+impl Ktap {
+    /// Takes one line of the stream, without its end.
+    pub fn line(&mut self, line: &str) {
+        let text = line.trim_start_matches(' ');
+        let depth = (line.len() - text.len()) / 2;
+        match parse(text.trim_end()) {
+            Line::Other => (),
+            Line::BailOut => self.problems.push(text.to_owned()),
+            // A second program of one command begins a stream of its own.
+            Line::Version => {
+                self.close_from(depth);
+                self.level(depth);
+            }
+            Line::Plan { count, skip } => {
+                if self.level(depth).plan.replace(count).is_some() {
+                    self.problems.push(format!("a second plan: {text}"));
+                }
+                if count == 0 && skip {
+                    self.skipped += 1;
+                } else if count == 0 {
+                    self.problems.push("a plan of no tests".to_owned());
+                }
+            }
+            Line::Result { ok, number, skip } => self.result(depth, ok, number, skip, text),
+        }
+    }
+
+    fn result(&mut self, depth: usize, ok: bool, number: u64, skip: bool, text: &str) {
+        let subtests = self.close_from(depth + 1);
+        let leaf = subtests.is_none();
+        let level = self.level(depth);
+        level.seen += 1;
+        let expected = level.seen;
+        level.failed |= !ok;
+        if number != expected {
+            let problem = format!("test number {expected} was due, but there is: {text}");
+            self.problems.push(problem);
+        }
+        match (ok, subtests) {
+            (true, Some(true)) => self
+                .problems
+                .push(format!("passed over a failed subtest: {text}")),
+            (true, _) => (),
+            (false, _) => self.problems.push(text.to_owned()),
+        }
+        match (leaf, ok) {
+            (true, true) if skip => self.skipped += 1,
+            (true, true) => self.passed += 1,
+            (true, false) => self.failed += 1,
+            (false, _) => (),
+        }
+    }
+
+    /// Ends the stream.
+    pub fn end(&mut self) {
+        self.close_from(0);
+        if self.passed + self.failed + self.skipped == 0 {
+            self.problems.push("no test was reported".to_owned());
+        }
+    }
+
+    fn level(&mut self, depth: usize) -> &mut Level {
+        while self.levels.len() <= depth {
+            self.levels.push(Level::default());
+        }
+        &mut self.levels[depth]
+    }
+
+    /// Closes the levels from `depth` inwards and checks that each adds up. Says whether there was
+    /// one, and whether it held a failure.
+    fn close_from(&mut self, depth: usize) -> Option<bool> {
+        if self.levels.len() <= depth {
+            return None;
+        }
+        let mut failed = false;
+        for level in self.levels.drain(depth..) {
+            failed |= level.failed;
+            match level.plan {
+                None => self.problems.push("a plan is missing".to_owned()),
+                Some(plan) if level.seen < plan => self.problems.push(format!(
+                    "{} of {plan} tests were never reported",
+                    plan - level.seen
+                )),
+                Some(plan) if level.seen > plan => self.problems.push(format!(
+                    "{} tests were reported and {plan} planned",
+                    level.seen
+                )),
+                Some(_) => (),
+            }
+        }
+        Some(failed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Ktap {
+        let mut ktap = Ktap::default();
+        text.lines().for_each(|line| ktap.line(line));
+        ktap.end();
+        ktap
+    }
+
+    fn counts(ktap: &Ktap) -> (u64, u64, u64, usize) {
+        (ktap.passed, ktap.failed, ktap.skipped, ktap.problems.len())
+    }
+
+    #[test]
+    fn all_well() {
+        let ktap = read("KTAP version 1\n1..3\n# hello\nok 1 a\nok 2 - b\nok 3 c # SKIP no swap\n");
+        assert_eq!(counts(&ktap), (2, 0, 1, 0));
+    }
+
+    #[test]
+    fn a_failure() {
+        let ktap = read("KTAP version 1\n1..2\nok 1 a\nnot ok 2 b\n");
+        assert_eq!(counts(&ktap), (1, 1, 0, 1));
+        assert_eq!(ktap.problems, ["not ok 2 b"]);
+    }
+
+    #[test]
+    fn subtests_stand_for_their_parent() {
+        let text = "KTAP version 1\n1..2\n  KTAP version 1\n  1..2\n  ok 1 x\n  not ok 2 y\n\
+                    not ok 1 a\n  KTAP version 1\n  1..1\n  ok 1 z\nok 2 b\n";
+        assert_eq!(counts(&read(text)), (2, 1, 0, 2));
+        let lie = text.replace("\nnot ok 1 a", "\nok 1 a");
+        assert_eq!(counts(&read(&lie)), (2, 1, 0, 2));
+    }
+
+    #[test]
+    fn a_crash_leaves_tests_out() {
+        let ktap = read("KTAP version 1\n1..3\nok 1 a\n");
+        assert_eq!(counts(&ktap), (1, 0, 0, 1));
+        let ktap = read("KTAP version 1\n1..1\n  KTAP version 1\n  1..2\n  ok 1 x\n");
+        assert_eq!(counts(&ktap), (1, 0, 0, 2));
+    }
+
+    #[test]
+    fn a_stream_that_does_not_add_up() {
+        for text in [
+            "",
+            "hello\nok then\n",
+            "KTAP version 1\n",
+            "KTAP version 1\n1..0\n",
+            "KTAP version 1\nok 1 a\n",
+            "KTAP version 1\n1..1\nok 1 a\nok 2 b\n",
+            "KTAP version 1\n1..2\nok 1 a\nok 3 b\n",
+            "KTAP version 1\n1..1\nok 1 a\nBail out! no memory\n",
+        ] {
+            assert!(!read(text).problems.is_empty(), "{text}");
+        }
+    }
+
+    #[test]
+    fn nothing_to_test_may_be_said() {
+        let ktap = read("KTAP version 1\n1..0 # SKIP no swap\n");
+        assert_eq!(counts(&ktap), (0, 0, 1, 0));
+    }
+
+    #[test]
+    fn two_programs_one_after_the_other() {
+        let ktap = read("KTAP version 1\n1..1\nok 1 a\nKTAP version 1\n1..1\nok 1 b\n");
+        assert_eq!(counts(&ktap), (2, 0, 0, 0));
+    }
+}

@@ -1,0 +1,512 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Boots a kernel in QEMU, runs one command in it as the child of our PID 1 (devanon-init), and
+//! judges how that went.
+//!
+//! The verdict comes over a virtio port of its own. The console is only ever read for signs of
+//! trouble, never for success. The rules, strongest first:
+//!
+//! 1. A sign of kernel trouble on the console, or new taint other than out-of-tree and unsigned
+//!    module, is kernel trouble (exit 3), whatever the command said and however the VM ended. So
+//!    is a VM that went down in the middle without a word.
+//! 2. The time limit, or no PID 1 within a minute, is a timeout (4).
+//! 3. A VM that ended before PID 1 spoke, or a QEMU that failed, is an infrastructure error (5).
+//! 4. A status other than 0, a failed test, and KTAP that does not add up are failures (1).
+//!
+//! See [`Cli`] for the rest.
+
+mod console;
+mod initramfs;
+mod kernel;
+mod ktap;
+mod qemu;
+
+use std::ffi::OsString;
+use std::fs;
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::process::ExitStatus;
+use std::time::Duration;
+use std::time::Instant;
+
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::bail;
+use anyhow::ensure;
+use clap::Parser;
+use clap::ValueEnum;
+use rustix::fs::FlockOperation;
+use rustix::fs::flock;
+
+use crate::initramfs::Archive;
+use crate::kernel::Kernel;
+use crate::ktap::Ktap;
+use crate::qemu::Accel;
+use crate::qemu::Machine;
+use crate::qemu::TimedOut;
+
+/// Programs for the VM, static.
+const STATIC: &str = "build/cargo-static/x86_64-unknown-linux-gnu/release";
+/// What scripts/uml-guest makes.
+const UML: &str = "build/uml/rootfs-extra";
+
+/// How long a VM may take to reach PID 1, and a trial of KVM altogether.
+const BOOT_LIMIT: Duration = Duration::from_secs(60);
+const KVM_LIMIT: Duration = Duration::from_secs(15);
+
+/// Boots a kernel in QEMU, runs COMMAND in it, and judges how that went.
+///
+/// What COMMAND prints goes to standard output as it comes, and must be KTAP unless --plain.
+/// Progress and the verdict go to standard error. Runs in the project's top directory inside the
+/// build root; everything of a run is kept in build/vm/NAME: console.log, ktap.log (all that came
+/// over the verdict port), qemu.log, qemu-command, initramfs.cpio.
+#[derive(Parser)]
+#[command(
+    name = "devanon-vm",
+    after_help = "\
+Exit status:
+  0  passed
+  1  tests failed: COMMAND failed, a test failed, or its KTAP does not add up
+  2  wrong usage
+  3  kernel trouble: panic, oops, warning, lockdep, hung task, RCU stall …, new taint other than
+     O and E, or the VM went down in the middle; whatever the tests say
+  4  timeout: --time-limit, or PID 1 not reached within a minute
+  5  infrastructure error: QEMU failed, something to boot is missing, or the VM ended before PID 1
+
+In the VM: busybox in /bin, devanon-tests in /bin, devanon.ko in /lib/devanon (not loaded), zram in
+/lib/modules, /tmp and /dev/shm of 8 MiB each, users root and user (1000). With --shell the module
+is loaded; leave the shell to power off, Ctrl-A X ends QEMU."
+)]
+struct Cli {
+    /// Kernel line, a directory of build/kernels
+    #[arg(long, default_value = "7.3")]
+    line: String,
+
+    /// Name of the run, a directory of build/vm
+    #[arg(long, default_value = "run", value_parser = name)]
+    name: String,
+
+    /// How to run the guest; auto is kvm if that truly works
+    #[arg(long, value_enum, default_value = "auto")]
+    accel: AccelChoice,
+
+    /// Kills the VM after this many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    time_limit: u64,
+
+    /// Memory of the VM
+    #[arg(long, value_name = "MIB", default_value_t = 3072)]
+    memory: u32,
+
+    /// Processors of the VM
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    cpus: u32,
+
+    /// Puts a file into the VM (readable and executable for all); may be repeated
+    #[arg(long = "file", value_name = "HOST=GUEST", value_parser = file_pair)]
+    files: Vec<(PathBuf, String)>,
+
+    /// Puts UML into the VM: the tree that scripts/uml-guest makes
+    #[arg(long)]
+    uml: bool,
+
+    /// Further kernel parameters
+    #[arg(long, value_name = "PARAMETERS", default_value = "")]
+    append: String,
+
+    /// COMMAND is no test: only its status counts
+    #[arg(long)]
+    plain: bool,
+
+    /// Leaves out devanon.ko and devanon-tests
+    #[arg(long)]
+    bare: bool,
+
+    /// An interactive shell with the module loaded, instead of COMMAND
+    #[arg(long, conflicts_with = "command")]
+    shell: bool,
+
+    /// What to run in the VM
+    #[arg(last = true, required_unless_present = "shell")]
+    command: Vec<OsString>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum AccelChoice {
+    Auto,
+    Kvm,
+    Tcg,
+}
+
+fn name(text: &str) -> Result<String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    ensure!(
+        text.chars().all(good) && text.starts_with(|c: char| c.is_ascii_alphanumeric()),
+        "letters, digits, dots and dashes only"
+    );
+    Ok(text.to_owned())
+}
+
+fn file_pair(text: &str) -> Result<(PathBuf, String)> {
+    let (host, guest) = text.split_once('=').context("not of the form HOST=GUEST")?;
+    ensure!(
+        guest.starts_with('/'),
+        "the path in the VM must be absolute"
+    );
+    Ok((host.into(), guest.into()))
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let start = Instant::now();
+    let (verdict, ktap) = match run(&cli) {
+        Ok(done) => done,
+        Err(error) => (
+            Verdict::new(Outcome::Infrastructure, format!("{error:#}")),
+            None,
+        ),
+    };
+
+    for line in &verdict.details {
+        eprintln!("  {line}");
+    }
+    let console = Path::new("build/vm").join(&cli.name).join("console.log");
+    if console.exists() {
+        eprintln!("devanon-vm: console: {}", console.display());
+    }
+    let Verdict {
+        outcome, reason, ..
+    } = verdict;
+    let mut line = format!("devanon-vm: {}: {}", cli.name, outcome.label());
+    if !reason.is_empty() {
+        line += &format!(": {reason}");
+    }
+    if let Some(Ktap {
+        passed,
+        failed,
+        skipped,
+        ..
+    }) = ktap
+    {
+        line += &format!(", {passed} passed, {failed} failed, {skipped} skipped");
+    }
+    eprintln!("{line}, {:.1} s", start.elapsed().as_secs_f64());
+    ExitCode::from(outcome.code())
+}
+
+#[derive(Clone, Copy)]
+enum Outcome {
+    Pass,
+    Fail,
+    Trouble,
+    Timeout,
+    Infrastructure,
+}
+
+impl Outcome {
+    fn code(self) -> u8 {
+        match self {
+            Outcome::Pass => 0,
+            Outcome::Fail => 1,
+            Outcome::Trouble => 3,
+            Outcome::Timeout => 4,
+            Outcome::Infrastructure => 5,
+        }
+    }
+
+    fn label(self) -> &'static str {
+        match self {
+            Outcome::Pass => "PASS",
+            Outcome::Fail => "FAIL",
+            Outcome::Trouble => "KERNEL TROUBLE",
+            Outcome::Timeout => "TIMEOUT",
+            Outcome::Infrastructure => "INFRASTRUCTURE",
+        }
+    }
+}
+
+/// How a run went, for the last line, and what to show above it.
+struct Verdict {
+    outcome: Outcome,
+    reason: String,
+    details: Vec<String>,
+}
+
+impl Verdict {
+    fn new(outcome: Outcome, reason: impl Into<String>) -> Self {
+        Verdict {
+            outcome,
+            reason: reason.into(),
+            details: Vec::new(),
+        }
+    }
+
+    fn with(mut self, details: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.details.extend(details.into_iter().map(Into::into));
+        self
+    }
+}
+
+fn run(cli: &Cli) -> Result<(Verdict, Option<Ktap>)> {
+    ensure!(
+        Path::new("build/kernels").is_dir(),
+        "no build/kernels here: run in the project's top directory, after make has built the kernels"
+    );
+    let directory = Path::new("build/vm").join(&cli.name);
+    fs::create_dir_all(&directory)?;
+    let lock = File::create(directory.join("lock"))?;
+    flock(&lock, FlockOperation::NonBlockingLockExclusive)
+        .with_context(|| format!("a run named {} is going on", cli.name))?;
+    // Nothing of the run before may pass for this one's.
+    for file in ["console.log", "ktap.log", "qemu.log", "qemu-command"] {
+        let _ = fs::remove_file(directory.join(file));
+    }
+
+    let kernel = Kernel::of_line(&cli.line)?;
+    let mut machine = Machine {
+        image: kernel.image()?,
+        accel: Accel::Kvm,
+        memory: cli.memory,
+        cpus: cli.cpus,
+        append: cli.append.clone(),
+        directory,
+    };
+    machine.accel = match cli.accel {
+        AccelChoice::Kvm => Accel::Kvm,
+        AccelChoice::Tcg => Accel::Tcg,
+        AccelChoice::Auto => {
+            let works = qemu::kvm_works(Path::new("build/vm/kvm"), || try_kvm(&machine))?;
+            if works { Accel::Kvm } else { Accel::Tcg }
+        }
+    };
+    build_initramfs(cli, &kernel, &machine.initramfs())?;
+    eprintln!(
+        "devanon-vm: {}: {} on {} processors, {} MiB, {}",
+        cli.name,
+        kernel.release,
+        cli.cpus,
+        cli.memory,
+        match machine.accel {
+            Accel::Kvm => "KVM",
+            Accel::Tcg => "TCG (emulation)",
+        }
+    );
+
+    if cli.shell {
+        // Here a person reads the console: warnings, and no more.
+        machine.append += " loglevel=5";
+        let status = machine.interact()?;
+        return Ok((judge(cli, &machine, &Heard::default(), Some(status))?, None));
+    }
+    let limit = Duration::from_secs(cli.time_limit);
+    let log = machine.directory.join("ktap.log");
+    let (mut heard, status) = listen(&machine, &cli.command, limit, &log, true)?;
+    heard.ktap.end();
+    let verdict = judge(cli, &machine, &heard, status)?;
+    Ok((verdict, (!cli.plain).then_some(heard.ktap)))
+}
+
+fn build_initramfs(cli: &Cli, kernel: &Kernel, path: &Path) -> Result<()> {
+    let mut archive = Archive::create(path)?;
+    archive.base(&Path::new(STATIC).join("devanon-init"))?;
+    archive.modules(&kernel.directory.join("modules"), &kernel.release)?;
+    if !cli.bare {
+        let module = kernel.directory.join("module/devanon.ko");
+        archive.file(&module, "/lib/devanon/devanon.ko")?;
+        archive.file(
+            &Path::new(STATIC).join("devanon-tests"),
+            "/bin/devanon-tests",
+        )?;
+    }
+    if cli.uml {
+        archive.tree(Path::new(UML), Path::new("/"))?;
+    }
+    for (host, guest) in &cli.files {
+        archive.file(host, guest)?;
+    }
+    archive.finish()
+}
+
+/// Boots the same kernel with KVM, as far as PID 1 and back.
+fn try_kvm(machine: &Machine) -> Result<bool> {
+    eprintln!("devanon-vm: trying whether KVM works here");
+    let directory = machine.directory.join("kvm");
+    fs::create_dir_all(&directory)?;
+    let trial = Machine {
+        image: machine.image.clone(),
+        accel: Accel::Kvm,
+        memory: 512,
+        cpus: machine.cpus,
+        append: String::new(),
+        directory,
+    };
+    let mut archive = Archive::create(&trial.initramfs())?;
+    archive.base(&Path::new(STATIC).join("devanon-init"))?;
+    archive.finish()?;
+    let log = trial.directory.join("ktap.log");
+    let (heard, _) = listen(&trial, &["true"], KVM_LIMIT, &log, false)?;
+    Ok(heard.status == Some(0))
+}
+
+/// What came over the verdict port.
+#[derive(Default)]
+struct Heard {
+    started: bool,
+    status: Option<u8>,
+    taint: Option<(u64, u64)>,
+    error: Option<String>,
+    timed_out: bool,
+    ktap: Ktap,
+}
+
+/// Runs the VM to its end or the limit. `aloud` passes on what the command prints.
+fn listen<S: AsRef<std::ffi::OsStr>>(
+    machine: &Machine,
+    words: &[S],
+    limit: Duration,
+    log: &Path,
+    aloud: bool,
+) -> Result<(Heard, Option<ExitStatus>)> {
+    const STDOUT: &str = "cannot write to standard output";
+    let mut log = File::create(log)?;
+    let mut heard = Heard::default();
+    let mut vm = machine.start(words)?;
+    let mut blank = false;
+    loop {
+        let limit = if heard.started {
+            limit
+        } else {
+            limit.min(BOOT_LIMIT)
+        };
+        let line = match vm.line(vm.start + limit) {
+            Ok(Some(line)) => line,
+            Ok(None) => return Ok((heard, vm.finish()?)),
+            Err(TimedOut) => {
+                heard.timed_out = true;
+                return Ok((heard, None));
+            }
+        };
+        log.write_all(&line)?;
+        let text = String::from_utf8_lossy(&line);
+        let text = text.trim_end_matches(['\n', '\r']);
+        if let Some(word) = text.strip_prefix("devanon-init: ") {
+            if !heard.started && aloud {
+                let seconds = vm.start.elapsed().as_secs_f64();
+                eprintln!("devanon-vm: PID 1 after {seconds:.1} s");
+            }
+            heard.word(word)?;
+            if heard.taint.is_some() || heard.error.is_some() {
+                vm.acknowledge();
+            }
+            blank = false;
+        } else if aloud {
+            heard.ktap.line(text);
+            let mut out = std::io::stdout();
+            // PID 1 puts an empty line before its verdict, so this one may not be the command's.
+            if std::mem::replace(&mut blank, text.is_empty()) {
+                writeln!(out).context(STDOUT)?;
+            }
+            if !blank {
+                out.write_all(&line).context(STDOUT)?;
+            }
+        }
+    }
+}
+
+impl Heard {
+    /// Takes one line of PID 1's own, see devanon-init.
+    fn word(&mut self, text: &str) -> Result<()> {
+        let words: Vec<&str> = text.split(' ').collect();
+        let hex = |word| u64::from_str_radix(word, 16);
+        match words.as_slice() {
+            ["started"] => self.started = true,
+            ["status", status] => self.status = Some(status.parse()?),
+            ["taint", before, after] => self.taint = Some((hex(before)?, hex(after)?)),
+            ["error", ..] => self.error = Some(text["error ".len()..].to_owned()),
+            _ => bail!("PID 1 said what nobody understands: {text}"),
+        }
+        Ok(())
+    }
+}
+
+/// The rules: see the top of this file.
+fn judge(cli: &Cli, machine: &Machine, heard: &Heard, qemu: Option<ExitStatus>) -> Result<Verdict> {
+    const TAIL: usize = 30;
+    let log = fs::read(machine.console()).unwrap_or_default();
+    let log = String::from_utf8_lossy(&log);
+    let lines = console::lines(&log);
+    let tail = || console::tail(&lines, TAIL).iter().copied();
+
+    let trouble: Vec<usize> = (0..lines.len())
+        .filter(|&n| console::is_trouble(lines[n]))
+        .collect();
+    if let Some(&first) = trouble.first() {
+        let reason = format!("line {} of the console: {}", first + 1, lines[first].trim());
+        let verdict = Verdict::new(Outcome::Trouble, reason);
+        // The report that goes with the first sign, then only the other signs' own lines.
+        let end = lines.len().min(first + TAIL);
+        let others = trouble.iter().filter(|&&n| n >= end);
+        let shown = (first..end).chain(others.copied().take(TAIL));
+        return Ok(verdict.with(shown.map(|n| format!("{}: {}", n + 1, lines[n]))));
+    }
+    let taint = heard.taint.map_or(String::new(), |(before, after)| {
+        console::new_taint(before, after)
+    });
+    if !taint.is_empty() {
+        let reason = format!("the kernel is newly tainted: {taint}");
+        return Ok(Verdict::new(Outcome::Trouble, reason).with(tail()));
+    }
+    if cli.shell {
+        return Ok(match qemu {
+            Some(status) if status.success() => Verdict::new(Outcome::Pass, ""),
+            _ => Verdict::new(Outcome::Infrastructure, "QEMU failed"),
+        });
+    }
+
+    if !heard.started {
+        let verdict = match qemu {
+            None => Verdict::new(Outcome::Timeout, "PID 1 was not reached"),
+            Some(status) => {
+                let reason = format!("the VM ended before PID 1 spoke; QEMU: {status}");
+                let said = fs::read_to_string(machine.qemu_log()).unwrap_or_default();
+                Verdict::new(Outcome::Infrastructure, reason).with(said.lines())
+            }
+        };
+        return Ok(verdict.with(["the console's last lines:"]).with(tail()));
+    }
+    if heard.timed_out {
+        let reason = format!("killed after {} s", cli.time_limit);
+        return Ok(Verdict::new(Outcome::Timeout, reason).with(tail()));
+    }
+    if let Some(error) = &heard.error {
+        return Ok(Verdict::new(
+            Outcome::Infrastructure,
+            format!("PID 1: {error}"),
+        ));
+    }
+    let (Some(status), Some(_)) = (heard.status, heard.taint) else {
+        let (outcome, what) = match qemu {
+            Some(status) if status.success() => {
+                (Outcome::Trouble, "the VM went down without a word")
+            }
+            _ => (Outcome::Infrastructure, "QEMU died"),
+        };
+        return Ok(Verdict::new(outcome, what).with(tail()));
+    };
+    if qemu.is_none() {
+        return Ok(Verdict::new(Outcome::Timeout, "the VM did not power off").with(tail()));
+    }
+
+    let problems: &[String] = if cli.plain { &[] } else { &heard.ktap.problems };
+    Ok(if status != 0 {
+        let reason = format!("the command ended with status {status}");
+        Verdict::new(Outcome::Fail, reason).with(problems)
+    } else if let Some(problem) = problems.first() {
+        Verdict::new(Outcome::Fail, problem).with(problems)
+    } else {
+        Verdict::new(Outcome::Pass, "")
+    })
+}

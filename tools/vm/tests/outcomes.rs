@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The harness, tested: every outcome is planted once, in a VM that has only busybox.
+//!
+//! These boot VMs, so plain `cargo test` leaves them out. `cargo test -p devanon-vm --
+//! --include-ignored` runs them, inside the build root, with a kernel in build/kernels/7.3 and
+//! devanon-init built.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::process::Stdio;
+use std::thread::sleep;
+use std::time::Duration;
+use std::time::Instant;
+
+struct Run {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+fn top() -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+}
+
+/// A runner with a small VM that keeps to one processor of this machine, unless `options` say how
+/// many.
+fn runner(name: &str, options: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_devanon-vm"));
+    if !options.contains(&"--cpus") {
+        command.args(["--cpus", "1"]);
+    }
+    command
+        .current_dir(top())
+        .args(["--bare", "--memory", "512"])
+        .args(["--name", &format!("harness-{name}")])
+        .args(options)
+        .stdin(Stdio::null());
+    command
+}
+
+/// Runs a shell script in a VM.
+fn vm(name: &str, options: &[&str], script: &str) -> Run {
+    vm_words(name, options, &["sh", "-c", script])
+}
+
+fn vm_words(name: &str, options: &[&str], words: &[&str]) -> Run {
+    let out = runner(name, options)
+        .arg("--")
+        .args(words)
+        .output()
+        .expect("devanon-vm runs");
+    Run {
+        code: out.status.code(),
+        stdout: String::from_utf8_lossy(&out.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
+    }
+}
+
+impl Run {
+    /// The exit status, and a part of the last line that says why.
+    #[track_caller]
+    fn ended(&self, code: i32, why: &str) {
+        let last = self.stderr.lines().last().unwrap_or("");
+        assert!(
+            self.code == Some(code) && last.contains(why),
+            "not {code} ({why}) but {:?}:\n{}",
+            self.code,
+            self.stderr
+        );
+    }
+}
+
+/// Two tests that pass, as a script.
+const KTAP: &str = "echo KTAP version 1; echo 1..2; echo ok 1 a; echo ok 2 b";
+
+#[test]
+#[ignore = "boots a VM"]
+fn pass_and_all_output_arrives() {
+    // 5 MB right before the power goes, and a last line that is not finished.
+    let run = vm(
+        "pass",
+        &[],
+        &format!("{KTAP}; yes 0123456789abcde | head -n 320000; echo; printf 'the end'"),
+    );
+    run.ended(0, "PASS, 2 passed, 0 failed, 0 skipped");
+    assert_eq!(run.stdout.matches("0123456789abcde\n").count(), 320_000);
+    assert!(run.stdout.ends_with("abcde\n\nthe end\n"));
+}
+
+#[test]
+#[ignore = "boots a VM"]
+fn failed_test() {
+    let run = vm(
+        "fail",
+        &[],
+        "echo KTAP version 1; echo 1..2; echo ok 1 a; echo not ok 2 b",
+    );
+    run.ended(1, "FAIL: not ok 2 b, 1 passed, 1 failed, 0 skipped");
+}
+
+#[test]
+#[ignore = "boots a VM"]
+fn tests_never_reported() {
+    let run = vm("plan", &[], "echo KTAP version 1; echo 1..3; echo ok 1 a");
+    run.ended(1, "FAIL: 2 of 3 tests were never reported");
+}
+
+#[test]
+#[ignore = "boots a VM"]
+fn exit_status_counts() {
+    vm("status", &[], &format!("{KTAP}; kill -9 $$")).ended(1, "status 137");
+}
+
+#[test]
+#[ignore = "boots a VM"]
+fn panic() {
+    let run = vm(
+        "panic",
+        &[],
+        &format!("{KTAP}; echo c > /proc/sysrq-trigger"),
+    );
+    run.ended(3, "KERNEL TROUBLE: line");
+    assert!(
+        run.stderr.contains("sysrq triggered crash"),
+        "{}",
+        run.stderr
+    );
+}
+
+#[test]
+#[ignore = "boots a VM"]
+fn warning() {
+    // The kernel's own warning, for an option nobody should use any more.
+    let run = vm(
+        "warning",
+        &[],
+        &format!("mount -o remount,mand /tmp; {KTAP}"),
+    );
+    run.ended(3, "WARNING: The mand mount option");
+}
+
+#[test]
+#[ignore = "boots a VM"]
+fn taint() {
+    let run = vm(
+        "taint",
+        &[],
+        &format!("echo 12800 > /proc/sys/kernel/tainted; {KTAP}"),
+    );
+    // 12800 is O, E and W; the first two are every out-of-tree module's.
+    run.ended(3, "newly tainted: W");
+}
+
+#[test]
+#[ignore = "boots a VM"]
+fn power_lost() {
+    vm("power", &[], &format!("{KTAP}; poweroff -f")).ended(3, "went down without a word");
+}
+
+#[test]
+#[ignore = "boots a VM"]
+fn hang() {
+    let run = vm(
+        "hang",
+        &["--time-limit", "20"],
+        &format!("{KTAP}; sleep 1000"),
+    );
+    run.ended(4, "TIMEOUT: killed after 20 s, 2 passed");
+}
+
+#[test]
+#[ignore = "boots a VM"]
+fn boot_hangs() {
+    let options = ["--time-limit", "10", "--append", "rdinit=/bin/sleep"];
+    let run = vm_words("boot-hang", &options, &["1000"]);
+    run.ended(4, "TIMEOUT: PID 1 was not reached");
+    assert!(run.stderr.contains("last lines:\n  ["), "{}", run.stderr);
+}
+
+#[test]
+#[ignore = "boots a VM"]
+fn boot_panics() {
+    let run = vm("boot-panic", &["--append", "rdinit=/nothing"], KTAP);
+    run.ended(3, "KERNEL TROUBLE");
+    assert!(
+        run.stderr.contains("Unable to mount root"),
+        "{}",
+        run.stderr
+    );
+}
+
+#[test]
+#[ignore = "boots a VM"]
+fn boot_ends_early() {
+    let run = vm_words("boot-end", &["--append", "rdinit=/bin/poweroff"], &["-f"]);
+    run.ended(5, "the VM ended before PID 1 spoke");
+    assert!(run.stderr.contains("reboot: Power down"), "{}", run.stderr);
+}
+
+#[test]
+#[ignore = "starts QEMU"]
+fn qemu_fails() {
+    let run = vm("qemu", &["--cpus", "0"], KTAP);
+    run.ended(5, "the VM ended before PID 1 spoke; QEMU: exit status: 1");
+    assert!(
+        run.stderr.contains("Invalid CPU topology"),
+        "{}",
+        run.stderr
+    );
+}
+
+#[test]
+#[ignore = "starts QEMU"]
+fn a_killed_runner_leaves_nothing() {
+    let mut runner = runner("kill", &["--plain", "--", "true"])
+        .spawn()
+        .expect("devanon-vm runs");
+    let qemus = || {
+        let processes = fs::read_dir("/proc").expect("/proc is there").flatten();
+        let commands = processes.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());
+        commands
+            .filter(|command| {
+                let command = String::from_utf8_lossy(command);
+                command.starts_with("qemu") && command.contains("harness-kill")
+            })
+            .count()
+    };
+    let wait_for = |count| {
+        let start = Instant::now();
+        while qemus() != count {
+            assert!(
+                start.elapsed() < Duration::from_secs(30),
+                "not {count} QEMU"
+            );
+            sleep(Duration::from_millis(20));
+        }
+    };
+    wait_for(1);
+    // Not even a signal that nobody can catch lets QEMU live on.
+    runner.kill().expect("it runs");
+    runner.wait().expect("it was spawned");
+    wait_for(0);
+}
+
+#[test]
+fn wrong_usage() {
+    let out = runner("usage", &[]).output().expect("devanon-vm runs");
+    assert_eq!(out.status.code(), Some(2));
+    let out = runner("../x", &["--", "true"])
+        .output()
+        .expect("devanon-vm runs");
+    assert_eq!(out.status.code(), Some(2));
+}
+
+#[test]
+fn nothing_to_boot() {
+    vm("line", &["--line", "0.0"], KTAP).ended(5, "no kernel of line 0.0");
+}
