@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! UML guests on `/dev/anon`. Runs as root in the test VM, with the tree that scripts/uml-guest
+//! makes. Standard output has the tests in KTAP, or the demonstration's table.
+
+mod demo;
+mod guest;
+mod host;
+mod tests;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// UML guests on /dev/anon, inside the test VM
+///
+/// Exit status: 0 all is well, 1 something failed, 2 wrong usage.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// Show the host's memory with guests and without, instead of testing
+    #[arg(long)]
+    demo: bool,
+}
+
+fn main() -> ExitCode {
+    if Args::parse().demo {
+        return match demo::run() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("devanon-uml: {error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    if tests::run() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}

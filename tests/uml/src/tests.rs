@@ -1,0 +1,375 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The tests, in the order they run: each leaves the machine as the next one wants it.
+
+use std::fs;
+use std::fs::File;
+use std::os::unix::process::CommandExt;
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::bail;
+use anyhow::ensure;
+use rustix::mount::MountFlags;
+use rustix::mount::UnmountFlags;
+use rustix::mount::mount_bind;
+use rustix::mount::mount_remount;
+use rustix::mount::unmount;
+use rustix::process::Signal;
+
+use crate::guest::Guest;
+use crate::guest::RUN;
+use crate::guest::USER;
+use crate::host;
+use crate::host::DEVICE;
+use crate::host::Memory;
+
+/// Shmem and the resident pages are counted per CPU and added up by and by: 2 MiB for all that.
+const SHMEM_TOLERANCE: i64 = 2 << 10;
+/// The host's own caches grow a little when a program runs for the first time.
+const AVAILABLE_TOLERANCE: i64 = 32 << 10;
+
+/// What passes from one test to the next.
+#[derive(Default)]
+struct State {
+    before: Option<Memory>,
+    guests: Vec<Guest>,
+}
+
+type Test = fn(&mut State) -> Result<String>;
+
+const TESTS: &[(&str, Test)] = &[
+    ("devanon-run: no /dev/anon", no_device),
+    ("devanon-run: a node without its driver", no_driver),
+    (
+        "devanon-run: a node opened before the module was loaded, and the cure",
+        stale_node,
+    ),
+    ("devanon-run: something else under the name", other_device),
+    ("devanon-run: no permission", no_permission),
+    ("devanon-run: a static program", static_program),
+    ("devanon-run: a setuid program", setuid_program),
+    ("devanon-run: neither a program nor a script", not_a_program),
+    ("devanon-run: no such command", no_command),
+    (
+        "devanon-run: a program that never asks for memory",
+        not_used,
+    ),
+    (
+        "four guests boot as an unprivileged user, one with /dev mounted noexec",
+        boot,
+    ),
+    (
+        "every guest unpacks its workload and finds every file right",
+        workload,
+    ),
+    ("the guests' memory is on /dev/anon", on_device),
+    (
+        "the guests hold more than /tmp and /dev/shm could",
+        more_than_tmp,
+    ),
+    ("SIGKILL: every page of the guest is back", killed),
+    ("shutdown: every page of the guest is back", shut_down),
+    ("the files of a guest that stays are still right", survivors),
+    ("devanon-run passes SIGTERM on", terminated),
+    ("all guests gone: the host's memory is as before", all_back),
+    ("the module unloads", unload),
+];
+
+pub fn run() -> bool {
+    println!("KTAP version 1\n1..{}", TESTS.len());
+    let mut state = State::default();
+    let mut good = true;
+    for (number, (name, test)) in (1..).zip(TESTS) {
+        match test(&mut state) {
+            Ok(text) => {
+                for line in text.lines() {
+                    println!("# {line}");
+                }
+                println!("ok {number} {name}");
+            }
+            Err(error) => {
+                println!("# {error:#}\nnot ok {number} {name}");
+                good = false;
+            }
+        }
+    }
+    good
+}
+
+/// devanon-run as the unprivileged user: it must exit so and say this, in one line.
+fn fails(command: &[&str], status: i32, sentence: &str) -> Result<String> {
+    let output = Command::new(RUN)
+        .args(command)
+        .uid(USER)
+        .gid(USER)
+        .output()
+        .context(RUN)?;
+    let stderr = String::from_utf8_lossy(&output.stderr)
+        .trim_end()
+        .to_owned();
+    ensure!(
+        output.status.code() == Some(status),
+        "{}, wanted {status}: {stderr}",
+        output.status
+    );
+    ensure!(
+        stderr.lines().count() == 1
+            && stderr.starts_with("devanon-run: ")
+            && stderr.contains(sentence),
+        "wanted one line with \"{sentence}\": {stderr}"
+    );
+    Ok(format!("{status}: {stderr}"))
+}
+
+fn no_device(_: &mut State) -> Result<String> {
+    ensure!(
+        !fs::exists("/sys/module/devanon")?,
+        "the module is loaded already"
+    );
+    host::remove_node()?;
+    fails(
+        &["linux.uml"],
+        120,
+        "there is no /dev/anon: load the module first",
+    )
+}
+
+fn no_driver(_: &mut State) -> Result<String> {
+    host::make_node()?;
+    fails(&["linux.uml"], 120, "not its driver")
+}
+
+fn stale_node(_: &mut State) -> Result<String> {
+    host::load_module()?;
+    let text = fails(
+        &["linux.uml"],
+        120,
+        "rm /dev/anon; mknod -m 666 /dev/anon c 1 10",
+    )?;
+    host::remove_node()?;
+    let gone = fails(&["linux.uml"], 120, "although the module is loaded: mknod")?;
+    host::make_node()?;
+    not_used(&mut State::default()).context("after the cure")?;
+    Ok(format!("{text}\n{gone}"))
+}
+
+fn other_device(_: &mut State) -> Result<String> {
+    host::remove_node()?;
+    File::create(DEVICE)?;
+    host::chmod(DEVICE, 0o666)?;
+    let result = fails(&["linux.uml"], 120, "something else than the device");
+    host::remove_node()?;
+    host::make_node()?;
+    result
+}
+
+fn no_permission(_: &mut State) -> Result<String> {
+    host::chmod(DEVICE, 0o600)?;
+    let result = fails(&["linux.uml"], 121, "chmod 666 /dev/anon");
+    host::chmod(DEVICE, 0o666)?;
+    result
+}
+
+fn static_program(_: &mut State) -> Result<String> {
+    fails(&["/bin/busybox", "true"], 123, "statically linked")
+}
+
+fn setuid_program(_: &mut State) -> Result<String> {
+    let program = "/setuid";
+    fs::copy(RUN, program)?;
+    host::chmod(program, 0o4755)?;
+    let result = fails(&[program, "--help"], 123, "setuid");
+    fs::remove_file(program)?;
+    result
+}
+
+fn not_a_program(_: &mut State) -> Result<String> {
+    let program = "/tmp/text";
+    fs::write(program, "some text\n")?;
+    host::chmod(program, 0o755)?;
+    let result = fails(&[program], 123, "neither an ELF program nor a script");
+    fs::remove_file(program)?;
+    result
+}
+
+fn no_command(_: &mut State) -> Result<String> {
+    fails(&["no-such-command"], 127, "command not found")
+}
+
+fn not_used(_: &mut State) -> Result<String> {
+    fails(&[RUN, "--help"], 124, "without asking for its memory file")
+}
+
+fn boot(state: &mut State) -> Result<String> {
+    state.before = Some(Memory::now()?);
+    // UML runs from the memory it gets, and a noexec /dev could be thought to forbid that.
+    mount_bind("/dev", "/dev").context("binding /dev")?;
+    let noexec = mount_remount("/dev", MountFlags::BIND | MountFlags::NOEXEC, "")
+        .context("remounting /dev")
+        .and_then(|()| {
+            let mut guest = Guest::start("g1", &[])?;
+            guest.wait_up()?;
+            Ok(guest)
+        });
+    unmount("/dev", UnmountFlags::DETACH)?;
+    state.guests.push(noexec?);
+    // The second one starts with a process that ends before there is any other: the page of
+    // UML's system call stub is then mapped by nobody.
+    for (name, arguments) in [("g2", &["rdinit=/broken"][..]), ("g3", &[]), ("g4", &[])] {
+        state.guests.push(Guest::start(name, arguments)?);
+    }
+    for guest in &mut state.guests[1..] {
+        guest.wait_up()?;
+    }
+    for guest in &state.guests {
+        ensure!(
+            guest.user()? == USER.to_string(),
+            "{} runs as another user",
+            guest.name
+        );
+    }
+    Ok(String::new())
+}
+
+fn workload(state: &mut State) -> Result<String> {
+    ensure!(
+        state.guests.len() == 4,
+        "there are {} guests",
+        state.guests.len()
+    );
+    for guest in &mut state.guests {
+        guest.wait_workload()?;
+    }
+    Ok(String::new())
+}
+
+fn on_device(state: &mut State) -> Result<String> {
+    let before = state.before.context("the guests never started")?;
+    let mut text = String::new();
+    let mut total = 0;
+    for guest in &state.guests {
+        let memory = guest.memory()?;
+        let mappings = guest.mappings()?;
+        ensure!(mappings > 0, "{} maps nothing of /dev/anon", guest.name);
+        ensure!(
+            memory.resident > 32 << 10,
+            "{} has only {} KiB",
+            guest.name,
+            memory.resident
+        );
+        total += memory.resident;
+        text += &format!(
+            "{}: {} KiB in {mappings} mappings\n",
+            guest.name, memory.resident
+        );
+    }
+    let grown = Memory::now()?.shmem - before.shmem;
+    text += &format!("sum {total} KiB, Shmem grew by {grown} KiB\n");
+    if (grown - total).abs() > SHMEM_TOLERANCE {
+        bail!("{text}more than {SHMEM_TOLERANCE} KiB apart");
+    }
+    Ok(text)
+}
+
+fn more_than_tmp(state: &mut State) -> Result<String> {
+    let (tmp_used, tmp) = host::filesystem("/tmp")?;
+    let (shm_used, shm) = host::filesystem("/dev/shm")?;
+    let mut total = 0;
+    for guest in &state.guests {
+        total += guest.memory()?.resident;
+    }
+    ensure!(total > tmp + shm, "{total} KiB fit into /tmp and /dev/shm");
+    ensure!(
+        tmp_used < 1024 && shm_used < 1024,
+        "{tmp_used} KiB of /tmp, {shm_used} of /dev/shm"
+    );
+    Ok(format!(
+        "{total} KiB against {tmp} + {shm}, of which {tmp_used} + {shm_used} are in use"
+    ))
+}
+
+/// Ends a guest and checks that Shmem falls by what the guest held.
+fn give_back(mut guest: Guest, end: impl Fn(&mut Guest) -> Result<()>) -> Result<String> {
+    let resident = guest.memory()?.resident;
+    let before = Memory::now()?;
+    end(&mut guest)?;
+    let after = Memory::after_fall_to(before.shmem - resident)?;
+    let text = format!(
+        "held {resident} KiB, Shmem fell by {} KiB",
+        before.shmem - after.shmem
+    );
+    if (before.shmem - after.shmem - resident).abs() > SHMEM_TOLERANCE {
+        bail!("{text}: more than {SHMEM_TOLERANCE} KiB apart");
+    }
+    Ok(text)
+}
+
+fn killed(state: &mut State) -> Result<String> {
+    give_back(state.guests.pop().context("no guest")?, |guest| {
+        guest.kill(Signal::KILL)?;
+        let status = guest.wait()?;
+        ensure!(
+            status.code() == Some(128 + 9),
+            "devanon-run: {status}, wanted 137"
+        );
+        Ok(())
+    })
+}
+
+fn shut_down(state: &mut State) -> Result<String> {
+    give_back(state.guests.pop().context("no guest")?, |guest| {
+        guest.say("poweroff")?;
+        let status = guest.wait()?;
+        ensure!(status.success(), "devanon-run: {status}, wanted 0");
+        Ok(())
+    })
+}
+
+fn survivors(state: &mut State) -> Result<String> {
+    let guest = state.guests.last_mut().context("no guest")?;
+    guest.say("check")?;
+    guest.wait_workload()?;
+    Ok(String::new())
+}
+
+fn terminated(state: &mut State) -> Result<String> {
+    give_back(state.guests.pop().context("no guest")?, |guest| {
+        guest.kill_run(Signal::TERM)?;
+        let status = guest.wait()?;
+        ensure!(
+            status.signal().is_none(),
+            "the signal killed devanon-run itself"
+        );
+        Ok(())
+    })
+}
+
+fn all_back(state: &mut State) -> Result<String> {
+    let before = state.before.context("the guests never started")?;
+    for mut guest in state.guests.drain(..) {
+        guest.say("poweroff")?;
+        guest.wait()?;
+    }
+    let after = Memory::after_fall_to(before.shmem)?;
+    let text = format!(
+        "Shmem {} KiB, then {}; MemAvailable {} KiB, then {}",
+        before.shmem, after.shmem, before.available, after.available
+    );
+    if (after.shmem - before.shmem).abs() > SHMEM_TOLERANCE
+        || before.available - after.available > AVAILABLE_TOLERANCE
+    {
+        bail!("{text}");
+    }
+    Ok(text)
+}
+
+fn unload(state: &mut State) -> Result<String> {
+    state.guests.clear();
+    host::unload_module()?;
+    // The node was made by hand, so it is ours to remove.
+    host::remove_node()?;
+    Ok(String::new())
+}

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Runs an unmodified User-Mode Linux with its memory on `/dev/anon`.
+
+mod command;
+mod device;
+
+use std::env;
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::Command;
+use std::process::ExitCode;
+use std::process::ExitStatus;
+use std::thread;
+
+use clap::Parser;
+use rustix::event::PollFd;
+use rustix::event::PollFlags;
+use rustix::event::Timespec;
+use rustix::event::poll;
+use rustix::fs::fstat;
+use rustix::io::FdFlags;
+use rustix::io::fcntl_setfd;
+use rustix::net::AddressFamily;
+use rustix::net::SocketFlags;
+use rustix::net::SocketType;
+use rustix::net::socketpair;
+use rustix::process::Pid;
+use rustix::process::PidfdFlags;
+use rustix::process::Signal;
+use rustix::process::getpgid;
+use rustix::process::pidfd_open;
+use rustix::process::pidfd_send_signal;
+use signal_hook::consts::SIGHUP;
+use signal_hook::consts::SIGINT;
+use signal_hook::consts::SIGQUIT;
+use signal_hook::consts::SIGTERM;
+use signal_hook::consts::SIGUSR1;
+use signal_hook::consts::SIGUSR2;
+use signal_hook::iterator::SignalsInfo;
+use signal_hook::iterator::exfiltrator::origin::WithOrigin;
+use signal_hook::low_level::siginfo::Cause;
+
+const LIBRARY: &str = "libdevanon_preload.so";
+const REPORT_ENV: &str = "DEVANON_RUN_REPORT";
+/// UML asks for its memory file at once; after this long something is wrong.
+const PATIENCE: Timespec = Timespec {
+    tv_sec: 10,
+    tv_nsec: 0,
+};
+
+/// Run a User-Mode Linux with its memory on /dev/anon
+///
+/// The command is an unmodified, dynamically linked UML (Debian's linux.uml), or a script that
+/// starts one. The file it makes for its memory in a temporary directory comes from /dev/anon
+/// instead: neither the size of /tmp and /dev/shm nor their mount options matter.
+#[derive(Parser)]
+#[command(
+    version,
+    after_help = "\
+Exit status: the command's own, 128+N when signal N killed it, or
+    2  wrong usage
+  120  no usable /dev/anon
+  121  no permission to open /dev/anon
+  122  memory of /dev/anon may not be executed
+  123  the command cannot be preloaded: static, setuid, or for another machine
+  124  the command ended well, but never asked for its memory file
+  125  another failure of devanon-run itself
+  126  the command cannot be executed
+  127  the command was not found
+
+Files: libdevanon_preload.so, next to devanon-run or in ../lib/devanon from there.
+To go without devanon-run: LD_PRELOAD=/path/to/libdevanon_preload.so linux.uml ..."
+)]
+struct Args {
+    /// The UML to run, and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<OsString>,
+}
+
+/// What went wrong: one sentence, and the exit status for it.
+struct Failure {
+    status: u8,
+    text: String,
+}
+
+impl Failure {
+    fn new(status: u8, text: impl Into<String>) -> Self {
+        Self {
+            status,
+            text: text.into(),
+        }
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::new(125, error.to_string())
+    }
+}
+
+impl From<rustix::io::Errno> for Failure {
+    fn from(error: rustix::io::Errno) -> Self {
+        io::Error::from(error).into()
+    }
+}
+
+/// The preload library's path, as `LD_PRELOAD` can hold it.
+fn library() -> Result<PathBuf, Failure> {
+    let program = env::current_exe()?;
+    let here = program.parent().unwrap_or(Path::new("/"));
+    let places = [
+        here.join(LIBRARY),
+        here.join("../lib/devanon").join(LIBRARY),
+    ];
+    let found = places.iter().find(|place| place.is_file()).ok_or_else(|| {
+        let text = format!(
+            "no {LIBRARY} next to {} or in ../lib/devanon",
+            program.display()
+        );
+        Failure::new(125, text)
+    })?;
+    let found = found.canonicalize()?;
+    // LD_PRELOAD is a list, separated by these, and has no way to quote them.
+    if found.to_string_lossy().contains([':', ' ']) {
+        let text = format!(
+            "{} cannot be preloaded: its path has a colon or a space",
+            found.display()
+        );
+        return Err(Failure::new(125, text));
+    }
+    Ok(found)
+}
+
+/// Passes signals on to the command, except those the terminal has sent it already.
+fn forward_signals(signals: &mut SignalsInfo<WithOrigin>, command: &OwnedFd, pid: Pid) {
+    for origin in signals.forever() {
+        let from_terminal = origin.cause == Cause::Kernel;
+        if from_terminal && getpgid(Some(pid)) == getpgid(None) {
+            continue;
+        }
+        if let Some(signal) = Signal::from_named_raw(origin.signal) {
+            // Fails only when the command is gone, and then there is nobody to tell.
+            let _ = pidfd_send_signal(command, signal);
+        }
+    }
+}
+
+/// Waits until one of these can be read, or the time is over.
+fn readable(fds: &[&OwnedFd], time: Timespec) -> bool {
+    let mut fds: Vec<_> = fds
+        .iter()
+        .map(|fd| PollFd::new(*fd, PollFlags::IN))
+        .collect();
+    matches!(poll(&mut fds, Some(&time)), Ok(1..))
+}
+
+/// The exit status, and what there is to say about it.
+fn conclude(status: ExitStatus, used: bool, path: &Path) -> u8 {
+    let code = match (status.code(), status.signal()) {
+        (Some(code), _) => code as u8,
+        (None, signal) => 128 + signal.unwrap_or(0) as u8,
+    };
+    if used {
+        return code;
+    }
+    eprintln!(
+        "devanon-run: {} ended without asking for its memory file, so nothing was on /dev/anon",
+        path.display()
+    );
+    if code == 0 { 124 } else { code }
+}
+
+fn run(command: &[OsString]) -> Result<u8, Failure> {
+    device::check()?;
+    let library = library()?;
+    let path = command::find(&command[0])?;
+    command::check(&path)?;
+
+    // The far end stays open in the command. It is a datagram socket: what was sent stays
+    // there, whoever closes what.
+    let (report, far) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    fcntl_setfd(&far, FdFlags::empty())?;
+    let inode = fstat(&far)?.st_ino;
+
+    let mut preload = library.into_os_string();
+    if let Some(others) = env::var_os("LD_PRELOAD").filter(|list| !list.is_empty()) {
+        preload.push(":");
+        preload.push(others);
+    }
+    let mut signals =
+        SignalsInfo::<WithOrigin>::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2])?;
+
+    let mut child = Command::new(&command[0])
+        .args(&command[1..])
+        .env("LD_PRELOAD", preload)
+        .env(REPORT_ENV, format!("{}:{inode}", far.as_raw_fd()))
+        .spawn()
+        .map_err(|error| Failure::new(126, format!("cannot run {}: {error}", path.display())))?;
+    drop(far);
+
+    let pid = Pid::from_child(&child);
+    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+    let target = pidfd.try_clone()?;
+    thread::spawn(move || forward_signals(&mut signals, &target, pid));
+
+    if !readable(&[&report, &pidfd], PATIENCE) {
+        eprintln!(
+            "devanon-run: {} has not asked for its memory file yet: its memory is not on /dev/anon",
+            path.display()
+        );
+    }
+    let status = child.wait()?;
+    let used = readable(
+        &[&report],
+        Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        },
+    );
+    Ok(conclude(status, used, &path))
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(&args.command) {
+        Ok(status) => status.into(),
+        Err(failure) => {
+            eprintln!("devanon-run: {}", failure.text);
+            failure.status.into()
+        }
+    }
+}
