@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-2.0
+# kbuild reads Kbuild; this file is for people.
+
+KDIR ?= /lib/modules/$(shell uname -r)/build
+# Where the module is built: here, or with MO=DIR in DIR.
+KBUILD = $(MAKE) -C $(KDIR) M=$(CURDIR) $(if $(MO),MO=$(MO))
+
+.PHONY: help modules modules_install clean run test shell lint rust-analyzer distclean
+.NOTPARALLEL:
+
+help:
+	@echo 'In a build environment of its own, made under build/ at first use (as root):'
+	@echo '  make run             UML guests on /dev/anon in a VM: a table of the host memory they cost'
+	@echo '  make test            every test, on stock Debian kernels 7.3.x and 7.2.x'
+	@echo '  make shell           a shell in a VM with the module loaded'
+	@echo '  make lint            rustfmt, clippy, shellcheck, checkpatch, sparse'
+	@echo '  make rust-analyzer   rust-project.json, for editors'
+	@echo '  make distclean       remove build/'
+	@echo 'With the tools of this machine:'
+	@echo '  make modules [KDIR=DIR]          build devanon.ko; Debian needs scripts/rust-metadata first'
+	@echo '  make modules_install [KDIR=DIR]  install it'
+	@echo '  make clean [KDIR=DIR]            remove what they made'
+
+modules:
+	$(KBUILD) devanon.o
+	scripts/check-symbols $(or $(MO),$(CURDIR))/devanon.o $(KDIR)/Module.symvers
+	$(KBUILD) modules
+
+# Not signed: the distro keeps its key. Debian's KDIR has no System.map, without
+# which kbuild leaves out depmod.
+modules_install:
+	$(KBUILD) CONFIG_MODULE_SIG_ALL= $@
+	depmod -b "$(INSTALL_MOD_PATH)/" "$$(cat $(KDIR)/include/config/kernel.release)"
+
+clean:
+	$(KBUILD) $@
+
+# The full log of each, also of what prepares it.
+run test shell lint rust-analyzer: export DEVANON_LOG = $(CURDIR)/build/log/$@.log
+
+run test shell lint:
+	@scripts/prepare $@
+	@scripts/$@
+
+rust-analyzer:
+	@scripts/prepare $@
+
+distclean:
+	rm -rf build

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck shell=bash
+# What the scripts of this directory share. Sourced, not run.
+
+# shellcheck disable=SC2034 # not every script uses every name
+
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+build=$project/build
+root=$build/root
+me=${0##*/}
+kernel_lines=(7.3 7.2)	# what the module is built for and tested on, newest first
+
+die() {
+	echo "$me: $*" >&2
+	exit 1
+}
+
+need_root() {
+	[ "$(id -u)" = 0 ] || die "must run as root: it uses chroot and mount namespaces."
+}
+
+# One run at a time. What the run started holds the lock too, so the next run
+# waits until the last process of an interrupted one is gone.
+take_lock() {
+	mkdir -p "$build"
+	exec 9>"$build/.lock-$1"
+	flock --nonblock 9 || { echo "$me: waiting for another run to end" >&2; flock 9; }
+}
+
+# Name the log file, unless a calling script already did.
+start_log() {
+	[ -z "${DEVANON_LOG-}" ] || return 0
+	export DEVANON_LOG=$build/log/$1.log
+	mkdir -p "$build/log"
+	: >"$DEVANON_LOG"
+	echo "full log: $DEVANON_LOG" >&2
+}
+
+# step NAME COMMAND...: run COMMAND with its output in the log; say NAME and the time it took.
+step() {
+	local name=$1 start=$SECONDS status=0
+	shift
+	printf '  %-52s ' "$name" >&2
+	printf '\n### %s: %s\n' "$name" "$*" >>"$DEVANON_LOG"
+	"$@" >>"$DEVANON_LOG" 2>&1 || status=$?
+	if [ "$status" != 0 ]; then
+		echo "FAILED (status $status)" >&2
+		tail -n 20 "$DEVANON_LOG" | sed 's/^/    | /' >&2
+		echo "$me: step \"$name\" failed; full log: $DEVANON_LOG" >&2
+		exit "$status"
+	fi
+	printf '%4d s\n' $((SECONDS - start)) >&2
+}
+
+# contained COMMAND...: run COMMAND in a mount and a PID namespace of its own. Its mounts
+# are never visible outside, and it dies with all its children when this script does.
+contained() {
+	local status=0 child sig
+	# Bash starts background jobs with SIGINT and SIGQUIT ignored: undo that.
+	env --default-signal=INT,QUIT setpriv --pdeathsig KILL \
+		unshare --mount --pid --fork --kill-child -- "$@" <&0 &
+	child=$!
+	# Die of the signal, so that the calling scripts and make stop too.
+	# shellcheck disable=SC2064 # expanded now on purpose
+	for sig in HUP INT TERM; do
+		trap "kill -KILL $child 2>/dev/null; trap - $sig; kill -$sig \$BASHPID" "$sig"
+	done
+	wait "$child" || status=$?
+	trap - HUP INT TERM
+	return "$status"
+}
