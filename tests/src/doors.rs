@@ -19,7 +19,11 @@ const TAG: u64 = 0xd00f_0000;
 pub fn node_from_devtmpfs() -> Result<()> {
     let meta = fs::metadata(DEVICE)?;
     ensure!(meta.file_type().is_char_device(), "not a character device");
-    ensure!(meta.rdev() == libc::makedev(1, 10), "device {:#x}", meta.rdev());
+    ensure!(
+        meta.rdev() == libc::makedev(1, 10),
+        "device {:#x}",
+        meta.rdev()
+    );
     ensure!(meta.mode() & 0o7777 == 0o666, "mode {:o}", meta.mode());
     let uevent = fs::read_to_string("/sys/class/devanon/anon/uevent")?;
     ensure!(uevent.contains("DEVNAME=anon"), "{uevent}");
@@ -48,14 +52,20 @@ pub fn mem_devices_go_on() -> Result<()> {
     let mut byte = [1];
     fs::File::open("/dev/zero")?.read_exact(&mut byte)?;
     ensure!(byte == [0]);
-    expect_errno("open of 1:2's neighbour 1:200", {
-        let path = c"/dev/no-such-minor";
-        // SAFETY: A string.
-        cvt(unsafe { libc::mknod(path.as_ptr(), libc::S_IFCHR | 0o666, libc::makedev(1, 200)) })?;
-        let result = open("/dev/no-such-minor", libc::O_RDWR);
-        fs::remove_file("/dev/no-such-minor")?;
-        result
-    }, libc::ENXIO)
+    expect_errno(
+        "open of 1:2's neighbour 1:200",
+        {
+            let path = c"/dev/no-such-minor";
+            // SAFETY: A string.
+            cvt(unsafe {
+                libc::mknod(path.as_ptr(), libc::S_IFCHR | 0o666, libc::makedev(1, 200))
+            })?;
+            let result = open("/dev/no-such-minor", libc::O_RDWR);
+            fs::remove_file("/dev/no-such-minor")?;
+            result
+        },
+        libc::ENXIO,
+    )
 }
 
 /// What a guest of 2004 does (arch/um of 2.4.23 to 2.6.16).
@@ -97,7 +107,14 @@ pub fn offsets_up_to_the_limit() -> Result<()> {
     }
 
     let new = |pages, page| {
-        Map::new(ptr::null_mut(), pages, RW, libc::MAP_SHARED, dev.as_raw_fd(), page)
+        Map::new(
+            ptr::null_mut(),
+            pages,
+            RW,
+            libc::MAP_SHARED,
+            dev.as_raw_fd(),
+            page,
+        )
     };
     expect_errno("mmap beyond the limit", new(1, limit), libc::EOVERFLOW)?;
     expect_errno("mmap across the limit", new(2, limit - 1), libc::EOVERFLOW)?;
@@ -109,13 +126,21 @@ pub fn no_read_no_write_no_seek() -> Result<()> {
     expect_errno("read", dev.read(&mut [0; 8]), libc::EINVAL)?;
     expect_errno("write", dev.write(&[0; 8]), libc::EINVAL)?;
     expect_errno("lseek", dev.seek(SeekFrom::Start(1)), libc::ESPIPE)?;
-    expect_errno("ftruncate", truncate(&OwnedFd::from(dev), PAGE), libc::EINVAL)
+    expect_errno(
+        "ftruncate",
+        truncate(&OwnedFd::from(dev), PAGE),
+        libc::EINVAL,
+    )
 }
 
 pub fn read_only_open() -> Result<()> {
     let dev = open(DEVICE, libc::O_RDONLY)?;
     let new = |prot, flags| Map::new(ptr::null_mut(), 4, prot, flags, dev.as_raw_fd(), 0);
-    expect_errno("shared writable mapping", new(RW, libc::MAP_SHARED), libc::EACCES)?;
+    expect_errno(
+        "shared writable mapping",
+        new(RW, libc::MAP_SHARED),
+        libc::EACCES,
+    )?;
     let map = new(libc::PROT_READ, libc::MAP_SHARED)?;
     map.check_zero()?;
     expect_errno("mprotect to writable", map.protect(RW), libc::EACCES)?;
@@ -149,7 +174,11 @@ pub fn userfaultfd_is_refused() -> Result<()> {
         }
     };
     register(Map::shared(&memfd(4)?, 4, 0)?)?.context("on a memfd")?;
-    expect_errno("UFFDIO_REGISTER", register(Map::shared(&device()?, 4, 0)?)?, libc::EINVAL)
+    expect_errno(
+        "UFFDIO_REGISTER",
+        register(Map::shared(&device()?, 4, 0)?)?,
+        libc::EINVAL,
+    )
 }
 
 pub fn fdinfo_and_maps() -> Result<()> {
@@ -160,7 +189,12 @@ pub fn fdinfo_and_maps() -> Result<()> {
         map.part(0, 48).fill(TAG);
         map.part(0, 16).unmap()?;
         let found = info(fd)?;
-        let wanted = Info { size, resident: 32, swapped: 0, freed: 16 };
+        let wanted = Info {
+            size,
+            resident: 32,
+            swapped: 0,
+            freed: 16,
+        };
         ensure!(found == wanted, "{found:?}, not {wanted:?}");
         let maps = fs::read_to_string("/proc/self/maps")?;
         let line = maps
@@ -193,7 +227,11 @@ pub fn ioctl_file_is_a_file() -> Result<()> {
     };
     fallocate(0, 0, 16 * PAGE as i64)?;
     expect_resident(&fd, 16, "allocated")?;
-    fallocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, 0, 4 * PAGE as i64)?;
+    fallocate(
+        libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+        0,
+        4 * PAGE as i64,
+    )?;
     expect_resident(&fd, 12, "punched")?;
     truncate(&fd, 8 * PAGE)?;
     expect_resident(&fd, 4, "truncated")?;
@@ -216,7 +254,10 @@ pub fn ioctl_file_frees_on_unmap() -> Result<()> {
     let mut file = fs::File::from(file);
     let mut content = vec![1; 64 * PAGE];
     file.read_exact(&mut content)?;
-    ensure!(content.iter().all(|byte| *byte == 0), "read finds what was freed");
+    ensure!(
+        content.iter().all(|byte| *byte == 0),
+        "read finds what was freed"
+    );
     Ok(())
 }
 
@@ -230,7 +271,10 @@ pub fn ioctl_file_keeps_what_was_never_mapped() -> Result<()> {
     expect_resident(&file, 2, "another part mapped and unmapped")?;
     Map::shared(&file, 1, 1)?.unmap()?;
     expect_resident(&file, 1, "its own mapping went away")?;
-    ensure!(Map::shared(&file, 1, 0)?.read(0) == u64::from_ne_bytes([7; 8]), "written data lost");
+    ensure!(
+        Map::shared(&file, 1, 0)?.read(0) == u64::from_ne_bytes([7; 8]),
+        "written data lost"
+    );
     Ok(())
 }
 
@@ -258,7 +302,10 @@ pub fn ioctl_file_ends_at_its_size() -> Result<()> {
         Ok(())
     })?;
     let status = wait(child.pid)?;
-    ensure!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGBUS, "{status:#x}");
+    ensure!(
+        libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGBUS,
+        "{status:#x}"
+    );
     Ok(())
 }
 
@@ -272,10 +319,25 @@ pub fn ioctl_wrong_use() -> Result<()> {
         cvt(unsafe { libc::ioctl(dev.as_raw_fd(), cmd, arg) })
     };
     expect_errno("null pointer", raw(DEVANON_IOC_NEW, 0), libc::EFAULT)?;
-    expect_errno("kernel pointer", raw(DEVANON_IOC_NEW, usize::MAX - 7), libc::EFAULT)?;
+    expect_errno(
+        "kernel pointer",
+        raw(DEVANON_IOC_NEW, usize::MAX - 7),
+        libc::EFAULT,
+    )?;
     let unmapped = Map::reserve(1)?;
-    expect_errno("unmapped pointer", raw(DEVANON_IOC_NEW, unmapped.addr as usize), libc::EFAULT)?;
-    for cmd in [0, 0xda01, DEVANON_IOC_NEW + 1, DEVANON_IOC_NEW | 0x8000_0000, 0x5401, u32::MAX.into()] {
+    expect_errno(
+        "unmapped pointer",
+        raw(DEVANON_IOC_NEW, unmapped.addr as usize),
+        libc::EFAULT,
+    )?;
+    for cmd in [
+        0,
+        0xda01,
+        DEVANON_IOC_NEW + 1,
+        DEVANON_IOC_NEW | 0x8000_0000,
+        0x5401,
+        u32::MAX.into(),
+    ] {
         expect_errno(&format!("command {cmd:#x}"), raw(cmd, 0), libc::ENOTTY)?;
     }
     Ok(())
@@ -295,14 +357,20 @@ pub fn ioctl_cloexec() -> Result<()> {
 pub fn out_of_descriptors() -> Result<()> {
     let dev = device()?;
     let refs = module_refs()?;
-    let limit = libc::rlimit { rlim_cur: dev.as_raw_fd() as u64 + 1, rlim_max: 4096 };
+    let limit = libc::rlimit {
+        rlim_cur: dev.as_raw_fd() as u64 + 1,
+        rlim_max: 4096,
+    };
     // SAFETY: The limit is ours to read.
     cvt(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) })?;
     for _ in 0..100 {
         expect_errno("DEVANON_IOC_NEW", ioctl_new(&dev, 0, 0), libc::EMFILE)?;
         expect_errno("open", open(DEVICE, libc::O_RDWR), libc::EMFILE)?;
     }
-    let limit = libc::rlimit { rlim_cur: 1024, rlim_max: 4096 };
+    let limit = libc::rlimit {
+        rlim_cur: 1024,
+        rlim_max: 4096,
+    };
     // SAFETY: As above.
     cvt(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) })?;
     ensure!(module_refs()? == refs, "references are left");
@@ -344,7 +412,14 @@ pub fn reopened_file_keeps_the_rule() -> Result<()> {
     expect_resident(&again, 16, "kept by the other file's mapping")?;
 
     let read_only = reopen(&again, libc::O_RDONLY)?;
-    let result = Map::new(ptr::null_mut(), 1, RW, libc::MAP_SHARED, read_only.as_raw_fd(), 0);
+    let result = Map::new(
+        ptr::null_mut(),
+        1,
+        RW,
+        libc::MAP_SHARED,
+        read_only.as_raw_fd(),
+        0,
+    );
     expect_errno("shared writable mapping", result, libc::EACCES)?;
 
     let third = ioctl_file(16)?;
@@ -371,12 +446,14 @@ pub fn mapping_opened_through_map_files() -> Result<()> {
 
 pub fn module_parameter_mode() -> Result<()> {
     unload("devanon")?;
-    let restrictive = load(MODULE, "mode=0600").context("mode=0600").and_then(|()| {
-        let mode = fs::metadata(DEVICE)?.mode() & 0o7777;
-        unload("devanon")?;
-        ensure!(mode == 0o600, "mode {mode:o}");
-        Ok(())
-    });
+    let restrictive = load(MODULE, "mode=0600")
+        .context("mode=0600")
+        .and_then(|()| {
+            let mode = fs::metadata(DEVICE)?.mode() & 0o7777;
+            unload("devanon")?;
+            ensure!(mode == 0o600, "mode {mode:o}");
+            Ok(())
+        });
     let wrong = ["mode=01777", "mode=09", "mode=-1", "mode=x"]
         .map(|params| expect_errno(params, load(MODULE, params), libc::EINVAL));
     load(MODULE, "")?;

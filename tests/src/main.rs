@@ -127,7 +127,9 @@ const SIMPLE: &[Test] = tests! {
 };
 
 const LONG: &[Test] = &[
-    ("model::random_operations", |args| model::run(args.seed, args.operations)),
+    ("model::random_operations", |args| {
+        model::run(args.seed, args.operations)
+    }),
     ("race::map_touch_unmap", |args| race::run(args.race, 3)),
 ];
 
@@ -139,11 +141,17 @@ fn all() -> impl Iterator<Item = &'static Test> {
 const MODULE_TAINT: u64 = (1 << 12) | (1 << 13);
 
 fn taint() -> Result<u64> {
-    Ok(fs::read_to_string("/proc/sys/kernel/tainted")?.trim().parse::<u64>()? & !MODULE_TAINT)
+    Ok(fs::read_to_string("/proc/sys/kernel/tainted")?
+        .trim()
+        .parse::<u64>()?
+        & !MODULE_TAINT)
 }
 
 fn busybox(args: &[&str]) -> Result<()> {
-    let status = Command::new("/bin/busybox").args(args).stdout(Stdio::null()).status()?;
+    let status = Command::new("/bin/busybox")
+        .args(args)
+        .stdout(Stdio::null())
+        .status()?;
     if !status.success() {
         bail!("busybox {}: {status}", args.join(" "));
     }
@@ -205,7 +213,11 @@ fn run(name: &str, limit: Duration) -> Result<(), String> {
     while !output.is_finished() && Instant::now() < deadline {
         thread::sleep(Duration::from_millis(1));
     }
-    let said = if output.is_finished() { output.join().unwrap_or_default() } else { String::new() };
+    let said = if output.is_finished() {
+        output.join().unwrap_or_default()
+    } else {
+        String::new()
+    };
 
     match status {
         Some(status) if status.success() => {
@@ -239,7 +251,11 @@ fn main() -> ExitCode {
             }
         };
     }
-    if let Some(unknown) = args.tests.iter().find(|name| !all().any(|(known, _)| known == name)) {
+    if let Some(unknown) = args
+        .tests
+        .iter()
+        .find(|name| !all().any(|(known, _)| known == name))
+    {
         eprintln!("no test {unknown}; --list shows them");
         return ExitCode::from(2);
     }

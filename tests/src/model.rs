@@ -50,7 +50,11 @@ struct Line {
 }
 
 fn send<const N: usize>(mut to: &UnixStream, messages: &[[u64; N]]) -> std::io::Result<()> {
-    let bytes: Vec<u8> = messages.as_flattened().iter().flat_map(|word| word.to_ne_bytes()).collect();
+    let bytes: Vec<u8> = messages
+        .as_flattened()
+        .iter()
+        .flat_map(|word| word.to_ne_bytes())
+        .collect();
     to.write_all(&bytes)
 }
 
@@ -69,11 +73,23 @@ struct Objects {
 impl Objects {
     fn make() -> Result<Self> {
         let fds = (0..OBJECTS)
-            .map(|object| if object < OBJECTS / 2 { device() } else { ioctl_file(OBJECT_PAGES) })
+            .map(|object| {
+                if object < OBJECTS / 2 {
+                    device()
+                } else {
+                    ioctl_file(OBJECT_PAGES)
+                }
+            })
             .collect::<Result<Vec<_>>>()?;
         let infos = fds
             .iter()
-            .map(|fd| File::open(format!("/proc/{}/fdinfo/{}", std::process::id(), fd.as_raw_fd())))
+            .map(|fd| {
+                File::open(format!(
+                    "/proc/{}/fdinfo/{}",
+                    std::process::id(),
+                    fd.as_raw_fd()
+                ))
+            })
             .collect::<std::io::Result<Vec<_>>>()?;
         Ok(Self { fds, infos })
     }
@@ -123,9 +139,20 @@ fn carry_out(request: &Request, objects: &Objects, arena: Map) -> std::io::Resul
     let range = || arena.part(at as usize, len as usize);
     match command {
         MAP => {
-            let kind = if c == 0 { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
+            let kind = if c == 0 {
+                libc::MAP_SHARED
+            } else {
+                libc::MAP_PRIVATE
+            };
             let fd = objects.fds[a as usize].as_raw_fd();
-            Map::new(range().addr, range().pages, RW, kind | libc::MAP_FIXED, fd, b as usize)?;
+            Map::new(
+                range().addr,
+                range().pages,
+                RW,
+                kind | libc::MAP_FIXED,
+                fd,
+                b as usize,
+            )?;
         }
         UNMAP => {
             // SAFETY: Of this process's own arena.
@@ -142,13 +169,20 @@ fn carry_out(request: &Request, objects: &Objects, arena: Map) -> std::io::Resul
         WRITE => range().write(0, a),
         READ => return Ok(range().read(0)),
         ADVISE => range().advise(a as i32)?,
-        PROTECT => range().protect(libc::PROT_READ).and_then(|()| range().protect(RW))?,
+        PROTECT => range()
+            .protect(libc::PROT_READ)
+            .and_then(|()| range().protect(RW))?,
         PWRITE => {
             let value = c.to_ne_bytes();
             let offset = b as i64 * PAGE as i64;
             // SAFETY: Eight bytes of ours.
             return Ok(cvt(unsafe {
-                libc::pwrite(objects.fds[a as usize].as_raw_fd(), value.as_ptr().cast(), 8, offset)
+                libc::pwrite(
+                    objects.fds[a as usize].as_raw_fd(),
+                    value.as_ptr().cast(),
+                    8,
+                    offset,
+                )
             } as i32)? as u64);
         }
         _ => {
@@ -193,7 +227,11 @@ struct Page {
 
 impl Page {
     fn written(value: u64) -> Option<Self> {
-        Some(Self { value, written: true, maybe_dropped: false })
+        Some(Self {
+            value,
+            written: true,
+            maybe_dropped: false,
+        })
     }
 }
 
@@ -210,8 +248,16 @@ impl Object {
     /// How many pages it has, and how many were freed, at least and at most.
     fn counts(&self) -> (RangeInclusive<u64>, RangeInclusive<u64>) {
         let most = self.pages.iter().flatten().count() as u64;
-        let dropped = self.pages.iter().flatten().filter(|page| page.maybe_dropped).count() as u64;
-        (most - dropped..=most, self.freed..=self.freed + self.maybe_freed)
+        let dropped = self
+            .pages
+            .iter()
+            .flatten()
+            .filter(|page| page.maybe_dropped)
+            .count() as u64;
+        (
+            most - dropped..=most,
+            self.freed..=self.freed + self.maybe_freed,
+        )
     }
 }
 
@@ -244,7 +290,14 @@ impl Model<'_> {
     }
 
     /// Takes note of a request. To be called when the model is as it will be afterwards.
-    fn expect(&mut self, slot: usize, request: [u64; 6], value: u64, object: usize, what: String) -> Result<()> {
+    fn expect(
+        &mut self,
+        slot: usize,
+        request: [u64; 6],
+        value: u64,
+        object: usize,
+        what: String,
+    ) -> Result<()> {
         if self.pending.0 != slot || self.pending.1.len() == BATCH {
             self.flush()?;
         }
@@ -265,7 +318,10 @@ impl Model<'_> {
     /// Has the pending requests carried out, and compares.
     fn flush(&mut self) -> Result<()> {
         let (slot, expectations) = (self.pending.0, std::mem::take(&mut self.pending.1));
-        let requests: Vec<_> = expectations.iter().map(|expected| expected.request).collect();
+        let requests: Vec<_> = expectations
+            .iter()
+            .map(|expected| expected.request)
+            .collect();
         send(&self.lines[slot].ours, &requests)?;
         for expected in expectations {
             if self.history.len() == 30 {
@@ -276,7 +332,11 @@ impl Model<'_> {
                 receive(&self.lines[slot].ours).context("a process is gone")?;
             let operation = expected.operation;
             ensure!(errno == 0, "operation {operation}: errno {errno}");
-            ensure!(value == expected.value, "operation {operation}: {value}, not {}", expected.value);
+            ensure!(
+                value == expected.value,
+                "operation {operation}: {value}, not {}",
+                expected.value
+            );
             let object = expected.request[6];
             ensure!(
                 expected.pages.contains(&pages),
@@ -321,7 +381,10 @@ impl Model<'_> {
     }
 
     fn take(&mut self, slot: usize, at: usize, len: usize) -> Vec<Cell> {
-        self.arena(slot)[at..at + len].iter_mut().filter_map(Option::take).collect()
+        self.arena(slot)[at..at + len]
+            .iter_mut()
+            .filter_map(Option::take)
+            .collect()
     }
 
     fn empty(&mut self, slot: usize, at: usize, len: usize) {
@@ -367,11 +430,16 @@ impl Model<'_> {
     }
 
     fn step(&mut self) -> Result<()> {
-        let live: Vec<_> = (0..SLOTS).filter(|slot| self.processes[*slot].is_some()).collect();
+        let live: Vec<_> = (0..SLOTS)
+            .filter(|slot| self.processes[*slot].is_some())
+            .collect();
         // Mostly the same process for a while.
         let slot = match self.pending.0 {
             slot if live.contains(&slot) && self.rng.u8(..8) != 0 => slot,
-            _ => self.rng.choice(live.iter().copied()).expect("one process is always left"),
+            _ => self
+                .rng
+                .choice(live.iter().copied())
+                .expect("one process is always left"),
         };
         let any = self.rng.usize(..OBJECTS);
 
@@ -385,22 +453,40 @@ impl Model<'_> {
                 self.empty(slot, at, len);
                 let vma = self.unique();
                 for (index, cell) in self.arena(slot)[at..at + len].iter_mut().enumerate() {
-                    *cell = Some(Cell { object, page: page + index, private, copy: None, vma });
+                    *cell = Some(Cell {
+                        object,
+                        page: page + index,
+                        private,
+                        copy: None,
+                        vma,
+                    });
                 }
                 let what = format!("map {at}+{len} object {object} page {page} private {private}");
-                let request =
-                    [MAP, at as u64, len as u64, object as u64, page as u64, private.into()];
+                let request = [
+                    MAP,
+                    at as u64,
+                    len as u64,
+                    object as u64,
+                    page as u64,
+                    private.into(),
+                ];
                 self.expect(slot, request, 0, any, what)
             }
             18..26 => {
                 let (at, len) = self.draw_range();
-                let (command, how) = if self.rng.bool() { (UNMAP, "unmap") } else { (COVER, "cover") };
+                let (command, how) = if self.rng.bool() {
+                    (UNMAP, "unmap")
+                } else {
+                    (COVER, "cover")
+                };
                 self.empty(slot, at, len);
                 let request = [command, at as u64, len as u64, 0, 0, 0];
                 self.expect(slot, request, 0, any, format!("{how} {at}+{len}"))
             }
             26..32 => {
-                let Some((from, len, cell)) = self.draw_run(slot) else { return Ok(()) };
+                let Some((from, len, cell)) = self.draw_run(slot) else {
+                    return Ok(());
+                };
                 let to = self.rng.usize(..=ARENA - len);
                 if from < to + len && to < from + len {
                     return Ok(());
@@ -414,34 +500,61 @@ impl Model<'_> {
                 }
                 self.closed(over);
                 let request = [REMAP, from as u64, len as u64, to as u64, 0, 0];
-                self.expect(slot, request, 0, cell.object, format!("remap {from}+{len} to {to}"))
+                self.expect(
+                    slot,
+                    request,
+                    0,
+                    cell.object,
+                    format!("remap {from}+{len} to {to}"),
+                )
             }
             32..60 => {
-                let Some((at, cell)) = self.draw_cell(slot) else { return Ok(()) };
+                let Some((at, cell)) = self.draw_cell(slot) else {
+                    return Ok(());
+                };
                 let value = self.unique();
                 self.touch(cell);
                 if cell.private {
-                    self.arena(slot)[at] = Some(Cell { copy: Some(value), ..cell });
+                    self.arena(slot)[at] = Some(Cell {
+                        copy: Some(value),
+                        ..cell
+                    });
                 } else {
                     self.objects[cell.object].pages[cell.page] = Page::written(value);
                 }
                 let request = [WRITE, at as u64, 1, value, 0, 0];
-                self.expect(slot, request, 0, cell.object, format!("write {at}: {cell:?} = {value}"))
+                self.expect(
+                    slot,
+                    request,
+                    0,
+                    cell.object,
+                    format!("write {at}: {cell:?} = {value}"),
+                )
             }
             60..76 => {
-                let Some((at, cell)) = self.draw_cell(slot) else { return Ok(()) };
+                let Some((at, cell)) = self.draw_cell(slot) else {
+                    return Ok(());
+                };
                 self.read(slot, at, cell)
             }
             76..84 => {
-                let Some((at, len, cell)) = self.draw_run(slot) else { return Ok(()) };
-                let advices =
-                    [libc::MADV_DONTNEED, libc::MADV_COLD, libc::MADV_PAGEOUT, libc::MADV_REMOVE];
+                let Some((at, len, cell)) = self.draw_run(slot) else {
+                    return Ok(());
+                };
+                let advices = [
+                    libc::MADV_DONTNEED,
+                    libc::MADV_COLD,
+                    libc::MADV_PAGEOUT,
+                    libc::MADV_REMOVE,
+                ];
                 let advice = advices[self.rng.usize(..advices.len())];
                 if advice == libc::MADV_REMOVE && cell.private {
                     return Ok(());
                 }
                 for at in at..at + len {
-                    let Some(cell) = self.arena(slot)[at] else { continue };
+                    let Some(cell) = self.arena(slot)[at] else {
+                        continue;
+                    };
                     if advice == libc::MADV_REMOVE {
                         self.objects[cell.object].pages[cell.page] = None;
                     } else if advice == libc::MADV_DONTNEED {
@@ -453,10 +566,18 @@ impl Model<'_> {
                     }
                 }
                 let request = [ADVISE, at as u64, len as u64, advice as u64, 0, 0];
-                self.expect(slot, request, 0, cell.object, format!("advice {advice} {at}+{len}"))
+                self.expect(
+                    slot,
+                    request,
+                    0,
+                    cell.object,
+                    format!("advice {advice} {at}+{len}"),
+                )
             }
             84..88 => {
-                let Some((at, len, cell)) = self.draw_run(slot) else { return Ok(()) };
+                let Some((at, len, cell)) = self.draw_run(slot) else {
+                    return Ok(());
+                };
                 // The VMA is split at both ends, and may stay so.
                 let (middle, right) = (self.unique(), self.unique());
                 for (index, other) in self.arena(slot).iter_mut().enumerate().skip(at) {
@@ -465,7 +586,13 @@ impl Model<'_> {
                     }
                 }
                 let request = [PROTECT, at as u64, len as u64, 0, 0, 0];
-                self.expect(slot, request, 0, any, format!("protect and unprotect {at}+{len}"))
+                self.expect(
+                    slot,
+                    request,
+                    0,
+                    any,
+                    format!("protect and unprotect {at}+{len}"),
+                )
             }
             88..92 => {
                 // By write(2) and fallocate(2): only files of the ioctl take them.
@@ -488,17 +615,29 @@ impl Model<'_> {
                     return Ok(());
                 };
                 self.flush()?;
-                self.history.push_back(format!("process {slot}: fork to {free}"));
-                send(&self.lines[slot].ours, &[[FORK, free as u64, 0, 0, 0, 0, 0]])?;
+                self.history
+                    .push_back(format!("process {slot}: fork to {free}"));
+                send(
+                    &self.lines[slot].ours,
+                    &[[FORK, free as u64, 0, 0, 0, 0, 0]],
+                )?;
                 let [errno, pid, _, _]: Reply = receive(&self.lines[slot].ours)?;
-                ensure!(errno == 0, "operation {}: fork: errno {errno}", self.operation);
+                ensure!(
+                    errno == 0,
+                    "operation {}: fork: errno {errno}",
+                    self.operation
+                );
                 let arena = *self.arena(slot);
-                self.processes[free] = Some(Process { pid: pid as i32, arena });
+                self.processes[free] = Some(Process {
+                    pid: pid as i32,
+                    arena,
+                });
                 Ok(())
             }
             94..96 if live.len() > 1 => {
                 let gently = self.rng.bool();
-                self.history.push_back(format!("process {slot}: ends, gently {gently}"));
+                self.history
+                    .push_back(format!("process {slot}: ends, gently {gently}"));
                 self.end(slot, gently)
             }
             _ => Ok(()),
@@ -508,16 +647,26 @@ impl Model<'_> {
     fn read(&mut self, slot: usize, at: usize, cell: Cell) -> Result<()> {
         let value = self.touch(cell);
         let request = [READ, at as u64, 1, 0, 0, 0];
-        self.expect(slot, request, value, cell.object, format!("read {at}: {cell:?}"))
+        self.expect(
+            slot,
+            request,
+            value,
+            cell.object,
+            format!("read {at}: {cell:?}"),
+        )
     }
 
     /// Ends a process, and waits until its memory is gone.
     fn end(&mut self, slot: usize, gently: bool) -> Result<()> {
         self.flush()?;
-        let Some(process) = self.processes[slot].take() else { return Ok(()) };
+        let Some(process) = self.processes[slot].take() else {
+            return Ok(());
+        };
         // SAFETY: The descriptor is new.
         let pidfd = unsafe {
-            OwnedFd::from_raw_fd(cvt(libc::syscall(libc::SYS_pidfd_open, process.pid, 0) as i32)?)
+            OwnedFd::from_raw_fd(cvt(
+                libc::syscall(libc::SYS_pidfd_open, process.pid, 0) as i32
+            )?)
         };
         if gently {
             send(&self.lines[slot].ours, &[[EXIT, 0, 0, 0, 0, 0, 0]])?;
@@ -525,9 +674,16 @@ impl Model<'_> {
             // SAFETY: A process of ours.
             cvt(unsafe { libc::kill(process.pid, libc::SIGKILL) })?;
         }
-        let mut poll = libc::pollfd { fd: pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let mut poll = libc::pollfd {
+            fd: pidfd.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
         // SAFETY: One structure of ours.
-        ensure!(unsafe { libc::poll(&mut poll, 1, 30_000) } == 1, "process {slot} does not end");
+        ensure!(
+            unsafe { libc::poll(&mut poll, 1, 30_000) } == 1,
+            "process {slot} does not end"
+        );
         self.closed(process.arena.into_iter().flatten().collect());
         Ok(())
     }
@@ -536,7 +692,9 @@ impl Model<'_> {
     fn check_contents(&mut self) -> Result<()> {
         for slot in 0..SLOTS {
             for at in 0..ARENA {
-                let cell = self.processes[slot].as_ref().and_then(|process| process.arena[at]);
+                let cell = self.processes[slot]
+                    .as_ref()
+                    .and_then(|process| process.arena[at]);
                 if let Some(cell) = cell {
                     self.read(slot, at, cell)?;
                 }
@@ -596,7 +754,10 @@ pub fn run(seed: Option<u64>, operations: u64) -> Result<()> {
         pending: (0, Vec::new()),
         history: VecDeque::new(),
     };
-    model.processes[0] = Some(Process { pid, arena: [None; ARENA] });
+    model.processes[0] = Some(Process {
+        pid,
+        arena: [None; ARENA],
+    });
     let result = model.run(operations, &objects);
     for process in model.processes.iter().flatten() {
         // SAFETY: A process of ours.

@@ -5,61 +5,66 @@
 //! Every worker has a word of its own in every page. It maps some pages, writes its word, and as
 //! long as it has them mapped its word must stay: this is what fails if a page is freed after
 //! somebody mapped and touched it. When all are gone, so must be every page.
+//!
+//! Freeing many pages takes a while. So one process maps them all, brings them in and unmaps them,
+//! again and again; the others map a few, in the middle of that.
 
 use crate::sys::*;
 use anyhow::{Context, Result, bail, ensure};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-/// Few pages, so that workers meet.
-const PAGES: usize = 8;
+const PAGES: usize = 1024;
+/// Threads of the processes that map a few. Those of one process wait for each other in mmap(2).
 const THREADS: usize = 2;
 
-fn work(fd: &OwnedFd, worker: usize, seed: u64, until: Instant) -> Result<u64> {
+/// Maps all pages, brings them in, unmaps them.
+fn sweep(fd: &OwnedFd, worker: usize, until: Instant) -> Result<u64> {
+    let mut rounds = 0;
+
+    while Instant::now() < until {
+        let map = Map::shared(fd, PAGES, 0)?;
+        map.advise(libc::MADV_POPULATE_WRITE)?;
+        write_and_verify(map, worker, rounds + 1, Duration::ZERO)?;
+        if rounds % 4 == 0 {
+            // Swapped out while others use them.
+            map.part(0, 64).advise(libc::MADV_PAGEOUT)?;
+        }
+        map.unmap()?;
+        rounds += 1;
+    }
+    Ok(rounds)
+}
+
+/// Maps a few pages, uses them, unmaps them.
+fn probe(fd: &OwnedFd, worker: usize, seed: u64, until: Instant) -> Result<u64> {
     let mut rng = fastrand::Rng::with_seed(seed ^ worker as u64);
     let mut rounds = 0;
 
     while Instant::now() < until {
         let first = rng.usize(..PAGES);
-        let pages = rng.usize(1..=PAGES - first);
+        let pages = rng.usize(1..=4.min(PAGES - first));
         let map = Map::shared(fd, pages, first)?;
-        let tag = rng.u64(1..);
-
         if rng.bool() {
-            // Brings in, or finds, pages by reading first: this is where `map_pages` is at work.
-            map.read(rng.usize(..pages));
+            // Finds a page by reading: then `map_pages` makes the PTEs, and writing faults no more.
+            map.read(0);
         }
-        for _ in 0..rng.usize(1..4) {
-            for page in 0..pages {
-                // SAFETY: Inside the mapping, and nobody else's word.
-                unsafe { map.word(page, 1 + worker).write_volatile(tag + page as u64) };
-            }
-            if rng.u8(..8) == 0 {
-                std::thread::yield_now();
-            }
-            for page in 0..pages {
-                // SAFETY: As above.
-                let found = unsafe { map.word(page, 1 + worker).read_volatile() };
-                ensure!(
-                    found == tag + page as u64,
-                    "page {}: worker {worker} wrote {:#x} and found {found:#x}",
-                    first + page,
-                    tag + page as u64
-                );
-            }
-        }
+        write_and_verify(
+            map,
+            worker,
+            rng.u64(1..),
+            Duration::from_micros(rng.u64(..8000)),
+        )?;
         match rng.u8(..10) {
             // Page by page, in the wrong order.
-            0 => (0..pages).rev().try_for_each(|page| map.part(page, 1).unmap())?,
+            0 => (0..pages)
+                .rev()
+                .try_for_each(|page| map.part(page, 1).unmap())?,
             1 => map.cover_anonymous()?.unmap()?,
             2 => {
                 let place = Map::reserve(pages)?;
-                map.remap(pages, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, place.addr)?.unmap()?;
-            }
-            3 => {
-                // Swapped out while others unmap it.
-                map.advise(libc::MADV_PAGEOUT)?;
-                map.unmap()?;
+                map.remap(pages, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, place.addr)?
+                    .unmap()?;
             }
             _ => map.unmap()?,
         }
@@ -68,28 +73,61 @@ fn work(fd: &OwnedFd, worker: usize, seed: u64, until: Instant) -> Result<u64> {
     Ok(rounds)
 }
 
+/// Writes the worker's word into every page, and for a while looks whether it is there.
+fn write_and_verify(map: Map, worker: usize, tag: u64, time: Duration) -> Result<()> {
+    let until = Instant::now() + time;
+
+    for page in 0..map.pages {
+        // SAFETY: Inside the mapping, and nobody else's word.
+        unsafe { map.word(page, 1 + worker).write_volatile(tag + page as u64) };
+    }
+    loop {
+        for page in 0..map.pages {
+            // SAFETY: As above.
+            let found = unsafe { map.word(page, 1 + worker).read_volatile() };
+            ensure!(
+                found == tag + page as u64,
+                "worker {worker} wrote {:#x} and found {found:#x}",
+                tag + page as u64
+            );
+        }
+        if Instant::now() >= until {
+            return Ok(());
+        }
+        std::thread::yield_now();
+    }
+}
+
 /// Runs the race for `seconds` with `processes` processes on each of the two doors.
 pub fn run(seconds: u64, processes: usize) -> Result<()> {
     let seed = fastrand::u64(..);
     println!("# seed {seed}");
-    for (door, fd) in [("the device", device()?), ("a file of the ioctl", ioctl_file(PAGES)?)] {
+    for (door, fd) in [
+        ("the device", device()?),
+        ("a file of the ioctl", ioctl_file(PAGES)?),
+    ] {
         let until = Instant::now() + Duration::from_secs(seconds).div_f64(2.0);
         let peers = (0..processes)
             .map(|process| {
                 fork(|_| {
-                    let rounds = std::thread::scope(|scope| {
-                        let threads: Vec<_> = (0..THREADS)
-                            .map(|thread| {
-                                let fd = &fd;
-                                scope.spawn(move || work(fd, process * THREADS + thread, seed, until))
-                            })
-                            .collect();
-                        threads
-                            .into_iter()
-                            .map(|thread| thread.join().expect("a worker panicked"))
-                            .sum::<Result<u64>>()
-                    })?;
-                    ensure!(rounds > 100, "{rounds} rounds only");
+                    let rounds = if process == 0 {
+                        sweep(&fd, 0, until)?
+                    } else {
+                        std::thread::scope(|scope| {
+                            let threads: Vec<_> = (0..THREADS)
+                                .map(|thread| process * THREADS + thread)
+                                .map(|worker| {
+                                    let fd = &fd;
+                                    scope.spawn(move || probe(fd, worker, seed, until))
+                                })
+                                .collect();
+                            threads
+                                .into_iter()
+                                .map(|thread| thread.join().expect("a worker panicked"))
+                                .sum::<Result<u64>>()
+                        })?
+                    };
+                    ensure!(rounds >= 10, "{rounds} rounds only");
                     println!("# {door}: process {process}: {rounds} rounds");
                     Ok(())
                 })

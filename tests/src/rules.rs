@@ -18,7 +18,10 @@ pub fn munmap_whole() -> Result<()> {
     let map = Map::shared(&dev, 2048, 0)?;
     map.fill(TAG);
     expect_resident(&dev, 2048, "touched")?;
-    ensure!(meminfo("Shmem")? >= before + 2048, "Shmem did not grow by what was touched");
+    ensure!(
+        meminfo("Shmem")? >= before + 2048,
+        "Shmem did not grow by what was touched"
+    );
 
     map.unmap()?;
     expect_resident(&dev, 0, "unmapped")?;
@@ -156,7 +159,10 @@ pub fn mremap_makes_a_second_mapping() -> Result<()> {
     let map = Map::shared(&dev, 16, 0)?;
     map.fill(TAG);
     // An old size of 0 copies a shared mapping.
-    let empty = Map { addr: map.addr, pages: 0 };
+    let empty = Map {
+        addr: map.addr,
+        pages: 0,
+    };
     let second = empty.remap(16, libc::MREMAP_MAYMOVE, ptr::null_mut())?;
     second.check(TAG)?;
     map.unmap()?;
@@ -307,7 +313,14 @@ pub fn private_mappings() -> Result<()> {
 pub fn executable_pages() -> Result<()> {
     let dev = device()?;
     let prot = RW | libc::PROT_EXEC;
-    let map = Map::new(ptr::null_mut(), 1, prot, libc::MAP_SHARED, dev.as_raw_fd(), 3)?;
+    let map = Map::new(
+        ptr::null_mut(),
+        1,
+        prot,
+        libc::MAP_SHARED,
+        dev.as_raw_fd(),
+        3,
+    )?;
     // mov $42, %eax; ret
     let code = [0xb8, 42, 0, 0, 0, 0xc3];
     // SAFETY: Six bytes fit into a page; what is called is what was written.
@@ -358,7 +371,10 @@ pub fn swapped_out_pages() -> Result<()> {
     let none = info(&dev)?;
     ensure!((none.resident, none.swapped) == (0, 0), "{none:?}");
     ensure!(none.freed == 2048, "{none:?}");
-    ensure!(meminfo("SwapFree")? + 64 >= free, "swap slots did not come back");
+    ensure!(
+        meminfo("SwapFree")? + 64 >= free,
+        "swap slots did not come back"
+    );
     Map::shared(&dev, 2048, 0)?.check_zero()
 }
 
@@ -386,7 +402,8 @@ pub fn madvise_keeps_what_is_mapped() -> Result<()> {
         libc::MADV_RANDOM,
         libc::MADV_POPULATE_WRITE,
     ] {
-        map.advise(advice).with_context(|| format!("advice {advice}"))?;
+        map.advise(advice)
+            .with_context(|| format!("advice {advice}"))?;
         map.check(TAG).with_context(|| format!("advice {advice}"))?;
     }
     map.protect(libc::PROT_NONE)?;
@@ -434,7 +451,10 @@ fn huge_pages(dev: &OwnedFd, pages: usize) -> Result<Map> {
     let map = place.part(skip, pages).cover(dev, 0)?;
     map.advise(libc::MADV_HUGEPAGE).context("MADV_HUGEPAGE")?;
     map.fill(TAG);
-    ensure!(meminfo("ShmemHugePages")? >= pages, "no huge pages were made");
+    ensure!(
+        meminfo("ShmemHugePages")? >= pages,
+        "no huge pages were made"
+    );
     Ok(map)
 }
 
@@ -451,11 +471,16 @@ pub fn huge_pages_partly_unmapped() -> Result<()> {
     expect_resident(&dev, 3 * HUGE - 48, "the third")?;
     map.part(0, 100).check(TAG)?;
     map.part(128, HUGE - 10 - 128).check(TAG + 128)?;
-    map.part(HUGE + 10, HUGE - 10).check(TAG + 10 + HUGE as u64)?;
+    map.part(HUGE + 10, HUGE - 10)
+        .check(TAG + 10 + HUGE as u64)?;
     map.part(3 * HUGE, HUGE).check(TAG + 3 * HUGE as u64)?;
     map.part(100, 28).cover(&dev, 100)?.check_zero()?;
     // SAFETY: Ends every mapping of the device there is in this range.
-    Map { addr: map.addr, pages: map.pages }.unmap()?;
+    Map {
+        addr: map.addr,
+        pages: map.pages,
+    }
+    .unmap()?;
     expect_resident(&dev, 0, "all unmapped")
 }
 
@@ -493,7 +518,10 @@ impl Cgroup {
 
     /// Pages charged in all.
     fn current(&self) -> Result<usize> {
-        Ok(fs::read_to_string(self.0.join("memory.current"))?.trim().parse::<usize>()? / PAGE)
+        Ok(fs::read_to_string(self.0.join("memory.current"))?
+            .trim()
+            .parse::<usize>()?
+            / PAGE)
     }
 }
 
@@ -512,10 +540,16 @@ pub fn charged_to_whoever_touches() -> Result<()> {
     ensure!(before < 256, "{before} pages of others in a new group");
     map.part(0, 2048).fill(TAG);
     let touched = group.shmem()?;
-    ensure!((2048 - 256..2048 + 256).contains(&touched), "{touched} pages charged for 2048");
+    ensure!(
+        (2048 - 256..2048 + 256).contains(&touched),
+        "{touched} pages charged for 2048"
+    );
     map.part(1024, 3072).unmap()?;
     let half = group.shmem()?;
-    ensure!((1024 - 256..1024 + 256).contains(&half), "{half} pages charged for 1024");
+    ensure!(
+        (1024 - 256..1024 + 256).contains(&half),
+        "{half} pages charged for 1024"
+    );
     map.part(0, 1024).unmap()?;
     let none = group.shmem()?;
     ensure!(none < 256, "{none} pages charged for none");
@@ -525,7 +559,10 @@ pub fn charged_to_whoever_touches() -> Result<()> {
 /// Pins `map` by registering it as a buffer of an io_uring, with `FOLL_LONGTERM`.
 fn pin(map: Map) -> Result<OwnedFd> {
     let mut params = [0u32; 30];
-    let iovec = libc::iovec { iov_base: map.addr.cast(), iov_len: map.pages * PAGE };
+    let iovec = libc::iovec {
+        iov_base: map.addr.cast(),
+        iov_len: map.pages * PAGE,
+    };
     // SAFETY: `struct io_uring_params` is 120 bytes, all zero for defaults; the descriptor is new.
     let ring = unsafe {
         let fd = cvt(libc::syscall(libc::SYS_io_uring_setup, 4, params.as_mut_ptr()) as i32)
@@ -535,7 +572,13 @@ fn pin(map: Map) -> Result<OwnedFd> {
     const IORING_REGISTER_BUFFERS: u32 = 0;
     // SAFETY: One iovec, of memory of ours.
     let ret = unsafe {
-        libc::syscall(libc::SYS_io_uring_register, ring.as_raw_fd(), IORING_REGISTER_BUFFERS, &raw const iovec, 1)
+        libc::syscall(
+            libc::SYS_io_uring_register,
+            ring.as_raw_fd(),
+            IORING_REGISTER_BUFFERS,
+            &raw const iovec,
+            1,
+        )
     };
     cvt(ret as i32).context("IORING_REGISTER_BUFFERS")?;
     Ok(ring)
@@ -552,7 +595,10 @@ pub fn pinned_pages() -> Result<()> {
     expect_resident(&dev, 0, "unmapped, pinned")?;
     Map::shared(&dev, 4096, 0)?.part(0, 8).check_zero()?;
     let pinned = group.current()?;
-    ensure!(pinned >= 4096, "{pinned} pages charged: the pin did not keep 4096");
+    ensure!(
+        pinned >= 4096,
+        "{pinned} pages charged: the pin did not keep 4096"
+    );
 
     drop(ring);
     // The ring is torn down by a worker.
@@ -620,7 +666,10 @@ pub fn larger_than_dev_shm() -> Result<()> {
         cvt(libc::statvfs(c"/dev/shm".as_ptr(), &mut stat)).context("/dev/shm")?;
         stat.f_blocks as usize * stat.f_frsize as usize / PAGE
     };
-    ensure!(size < 8192, "/dev/shm has {size} pages: the test run has to make it small");
+    ensure!(
+        size < 8192,
+        "/dev/shm has {size} pages: the test run has to make it small"
+    );
     let map = Map::shared(&dev, 4 * size, 0)?;
     map.fill(TAG);
     expect_resident(&dev, 4 * size, "touched")?;
@@ -678,7 +727,10 @@ fn message(control: &mut Control, iovec: &mut libc::iovec) -> libc::msghdr {
 
 fn send_fd(socket: i32, fd: i32) -> Result<()> {
     let (mut control, mut byte): (Control, _) = ([0; 4], 0u8);
-    let mut iovec = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    let mut iovec = libc::iovec {
+        iov_base: (&raw mut byte).cast(),
+        iov_len: 1,
+    };
     let message = message(&mut control, &mut iovec);
     // SAFETY: The message has room for one header with one descriptor.
     unsafe {
@@ -694,13 +746,18 @@ fn send_fd(socket: i32, fd: i32) -> Result<()> {
 
 fn receive_fd(socket: i32) -> Result<OwnedFd> {
     let (mut control, mut byte): (Control, _) = ([0; 4], 0u8);
-    let mut iovec = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+    let mut iovec = libc::iovec {
+        iov_base: (&raw mut byte).cast(),
+        iov_len: 1,
+    };
     let mut message = message(&mut control, &mut iovec);
     // SAFETY: The message has room for one header with one descriptor, which is then ours.
     unsafe {
         cvt(libc::recvmsg(socket, &mut message, 0) as i32).context("recvmsg")?;
         let header = libc::CMSG_FIRSTHDR(&message);
         ensure!(!header.is_null(), "no descriptor came");
-        Ok(OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<i32>().read_unaligned()))
+        Ok(OwnedFd::from_raw_fd(
+            libc::CMSG_DATA(header).cast::<i32>().read_unaligned(),
+        ))
     }
 }

@@ -35,7 +35,10 @@ pub fn cvt(ret: c_int) -> io::Result<c_int> {
 /// Fails unless `result` is the error `errno`.
 pub fn expect_errno<T>(what: &str, result: io::Result<T>, errno: c_int) -> Result<()> {
     match result {
-        Ok(_) => bail!("{what} succeeded, not {}", io::Error::from_raw_os_error(errno)),
+        Ok(_) => bail!(
+            "{what} succeeded, not {}",
+            io::Error::from_raw_os_error(errno)
+        ),
         Err(err) if err.raw_os_error() == Some(errno) => Ok(()),
         Err(err) => bail!("{what}: {err}, not {}", io::Error::from_raw_os_error(errno)),
     }
@@ -44,7 +47,12 @@ pub fn expect_errno<T>(what: &str, result: io::Result<T>, errno: c_int) -> Resul
 pub fn open(path: &str, flags: c_int) -> io::Result<OwnedFd> {
     let path = CString::new(path)?;
     // SAFETY: A string; the descriptor returned is new.
-    unsafe { Ok(OwnedFd::from_raw_fd(cvt(libc::open(path.as_ptr(), flags | libc::O_CLOEXEC))?)) }
+    unsafe {
+        Ok(OwnedFd::from_raw_fd(cvt(libc::open(
+            path.as_ptr(),
+            flags | libc::O_CLOEXEC,
+        ))?))
+    }
 }
 
 /// A new open of the device.
@@ -55,7 +63,13 @@ pub fn device() -> Result<OwnedFd> {
 pub fn ioctl_new(fd: &OwnedFd, flags: u32, reserved: u32) -> io::Result<OwnedFd> {
     let arg = DevanonNew { flags, reserved };
     // SAFETY: The kernel reads the argument; the descriptor returned is new.
-    unsafe { Ok(OwnedFd::from_raw_fd(cvt(libc::ioctl(fd.as_raw_fd(), DEVANON_IOC_NEW, &arg))?)) }
+    unsafe {
+        Ok(OwnedFd::from_raw_fd(cvt(libc::ioctl(
+            fd.as_raw_fd(),
+            DEVANON_IOC_NEW,
+            &arg,
+        ))?))
+    }
 }
 
 /// A file of the ioctl, of `pages` pages.
@@ -68,7 +82,10 @@ pub fn ioctl_file(pages: usize) -> Result<OwnedFd> {
 pub fn memfd(pages: usize) -> Result<OwnedFd> {
     // SAFETY: A string; the descriptor returned is new.
     let file = unsafe {
-        OwnedFd::from_raw_fd(cvt(libc::memfd_create(c"peer".as_ptr(), libc::MFD_CLOEXEC))?)
+        OwnedFd::from_raw_fd(cvt(libc::memfd_create(
+            c"peer".as_ptr(),
+            libc::MFD_CLOEXEC,
+        ))?)
     };
     truncate(&file, pages * PAGE)?;
     Ok(file)
@@ -87,24 +104,57 @@ pub struct Map {
 }
 
 impl Map {
-    pub fn new(addr: *mut u8, pages: usize, prot: c_int, flags: c_int, fd: RawFd, page: usize) -> io::Result<Self> {
+    pub fn new(
+        addr: *mut u8,
+        pages: usize,
+        prot: c_int,
+        flags: c_int,
+        fd: RawFd,
+        page: usize,
+    ) -> io::Result<Self> {
         // SAFETY: MAP_FIXED is used only over what the test mapped itself.
-        let addr = unsafe { libc::mmap(addr.cast(), pages * PAGE, prot, flags, fd, (page * PAGE) as i64) };
+        let addr = unsafe {
+            libc::mmap(
+                addr.cast(),
+                pages * PAGE,
+                prot,
+                flags,
+                fd,
+                (page * PAGE) as i64,
+            )
+        };
         if addr == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        Ok(Self { addr: addr.cast(), pages })
+        Ok(Self {
+            addr: addr.cast(),
+            pages,
+        })
     }
 
     /// `pages` pages of `fd` from its page `page` on, shared, readable and writable.
     pub fn shared(fd: &OwnedFd, pages: usize, page: usize) -> Result<Self> {
-        Self::new(ptr::null_mut(), pages, RW, libc::MAP_SHARED, fd.as_raw_fd(), page)
-            .context("mmap, shared")
+        Self::new(
+            ptr::null_mut(),
+            pages,
+            RW,
+            libc::MAP_SHARED,
+            fd.as_raw_fd(),
+            page,
+        )
+        .context("mmap, shared")
     }
 
     pub fn private(fd: &OwnedFd, pages: usize, page: usize) -> Result<Self> {
-        Self::new(ptr::null_mut(), pages, RW, libc::MAP_PRIVATE, fd.as_raw_fd(), page)
-            .context("mmap, private")
+        Self::new(
+            ptr::null_mut(),
+            pages,
+            RW,
+            libc::MAP_PRIVATE,
+            fd.as_raw_fd(),
+            page,
+        )
+        .context("mmap, private")
     }
 
     /// Address space without access, to place mappings in.
@@ -128,7 +178,10 @@ impl Map {
     /// `pages` of its pages from `first` on.
     pub fn part(self, first: usize, pages: usize) -> Self {
         assert!(first + pages <= self.pages);
-        Self { addr: self.addr.wrapping_add(first * PAGE), pages }
+        Self {
+            addr: self.addr.wrapping_add(first * PAGE),
+            pages,
+        }
     }
 
     pub fn unmap(self) -> Result<()> {
@@ -140,12 +193,21 @@ impl Map {
     pub fn remap(self, pages: usize, flags: c_int, to: *mut u8) -> io::Result<Self> {
         // SAFETY: The test's own mapping, and its own place to put it.
         let addr = unsafe {
-            libc::mremap(self.addr.cast(), self.pages * PAGE, pages * PAGE, flags, to.cast::<c_void>())
+            libc::mremap(
+                self.addr.cast(),
+                self.pages * PAGE,
+                pages * PAGE,
+                flags,
+                to.cast::<c_void>(),
+            )
         };
         if addr == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        Ok(Self { addr: addr.cast(), pages })
+        Ok(Self {
+            addr: addr.cast(),
+            pages,
+        })
     }
 
     pub fn advise(self, advice: c_int) -> io::Result<()> {
@@ -190,7 +252,11 @@ impl Map {
     pub fn check(self, tag: u64) -> Result<()> {
         for page in 0..self.pages {
             let found = self.read(page);
-            ensure!(found == tag + page as u64, "page {page}: {found:#x}, not {:#x}", tag + page as u64);
+            ensure!(
+                found == tag + page as u64,
+                "page {page}: {found:#x}, not {:#x}",
+                tag + page as u64
+            );
         }
         Ok(())
     }
@@ -218,13 +284,19 @@ pub struct Info {
 }
 
 pub fn info(fd: &OwnedFd) -> Result<Info> {
-    parse_info(&fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))?)
+    parse_info(&fs::read_to_string(format!(
+        "/proc/self/fdinfo/{}",
+        fd.as_raw_fd()
+    ))?)
 }
 
 pub fn parse_info(text: &str) -> Result<Info> {
     let field = |name: &str| -> Result<u64> {
         let line = text.lines().find_map(|line| line.strip_prefix(name));
-        Ok(line.with_context(|| format!("fdinfo has no {name}: {text}"))?.trim().parse()?)
+        Ok(line
+            .with_context(|| format!("fdinfo has no {name}: {text}"))?
+            .trim()
+            .parse()?)
     };
     Ok(Info {
         size: field("anon-size:")?,
@@ -280,7 +352,10 @@ impl Peer {
     /// Waits for its end; fails unless it ended well.
     pub fn join(self) -> Result<()> {
         let status = wait(self.pid)?;
-        ensure!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "child: status {status:#x}");
+        ensure!(
+            libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0,
+            "child: status {status:#x}"
+        );
         Ok(())
     }
 
@@ -309,7 +384,10 @@ pub fn fork(body: impl FnOnce(&mut Peer) -> Result<()>) -> Result<Peer> {
     }
 
     drop(ours);
-    let status = match body(&mut Peer { pid: 0, stream: theirs }) {
+    let status = match body(&mut Peer {
+        pid: 0,
+        stream: theirs,
+    }) {
         Ok(()) => 0,
         Err(err) => {
             eprintln!("child: {err:#}");
@@ -325,7 +403,8 @@ pub fn load(path: &str, params: &str) -> io::Result<()> {
     let file = open(path, libc::O_RDONLY)?;
     let params = CString::new(params)?;
     // SAFETY: A descriptor and a string.
-    let ret = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), params.as_ptr(), 0) };
+    let ret =
+        unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), params.as_ptr(), 0) };
     cvt(ret as c_int).map(drop)
 }
 
@@ -339,5 +418,7 @@ pub fn unload(name: &str) -> io::Result<()> {
 
 /// References to the module.
 pub fn module_refs() -> Result<usize> {
-    Ok(fs::read_to_string("/sys/module/devanon/refcnt")?.trim().parse()?)
+    Ok(fs::read_to_string("/sys/module/devanon/refcnt")?
+        .trim()
+        .parse()?)
 }

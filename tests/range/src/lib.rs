@@ -60,10 +60,15 @@ mod tests {
                     let covered = vmas
                         .iter()
                         .any(|vma| (vma.first()..=vma.last()).contains(&page));
-                    assert_eq!(free, inside && !covered, "{range:?} less {vmas:?}: {gaps:?}");
+                    assert_eq!(
+                        free,
+                        inside && !covered,
+                        "{range:?} less {vmas:?}: {gaps:?}"
+                    );
                 }
                 assert!(
-                    gaps.windows(2).all(|pair| pair[0].last() + 1 < pair[1].first()),
+                    gaps.windows(2)
+                        .all(|pair| pair[0].last() + 1 < pair[1].first()),
                     "not ascending, or cut in two: {gaps:?}"
                 );
             }
@@ -90,7 +95,10 @@ mod tests {
     fn aligned_runs() {
         assert_eq!(PageRange::aligned(5, 0), PageRange::new(5, 5).unwrap());
         assert_eq!(PageRange::aligned(5, 2), PageRange::new(4, 7).unwrap());
-        assert_eq!(PageRange::aligned(1023, 9), PageRange::new(512, 1023).unwrap());
+        assert_eq!(
+            PageRange::aligned(1023, 9),
+            PageRange::new(512, 1023).unwrap()
+        );
     }
 
     #[test]
