@@ -8,7 +8,7 @@ use std::ffi::CString;
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::ptr;
 
@@ -219,6 +219,10 @@ pub fn ioctl_file_is_a_file() -> Result<()> {
     let mut text = String::new();
     file.read_to_string(&mut text)?;
     ensure!(text == "world", "{text}");
+    file.write_all_at(b"W", 7)?;
+    let mut word = [0; 5];
+    file.read_exact_at(&mut word, 7)?;
+    ensure!(&word == b"World", "{word:?}");
 
     let fd = OwnedFd::from(file);
     // SAFETY: No memory involved.

@@ -50,9 +50,9 @@ mod tests {
                 let gaps = gaps(range, vmas);
                 let mut free = [false; PAGES];
                 for gap in &gaps {
-                    for page in gap.first()..=gap.last() {
-                        assert!(!free[page], "page {page} twice: {range:?} less {vmas:?}");
-                        free[page] = true;
+                    for free in &mut free[gap.first()..=gap.last()] {
+                        assert!(!*free, "twice: {range:?} less {vmas:?}: {gaps:?}");
+                        *free = true;
                     }
                 }
                 for (page, &free) in free.iter().enumerate() {
