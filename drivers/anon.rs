@@ -201,8 +201,13 @@ impl VmOperations for FreeOnUnmap {
         let before = mapping.pages();
 
         // A huge folio that could not be split when a part of it lost its last mapping (it was
-        // pinned, say) is freed with its last part: hence whole folios.
-        let closed = no_faults.whole_folios(closed);
+        // pinned, say) is freed with its last part: hence whole folios. A file of the ioctl may
+        // have pages beside the closed ones that were written, and never mapped. They stay.
+        let closed = if file.is_only_mapped() {
+            no_faults.whole_folios(closed)
+        } else {
+            closed
+        };
         for range in uncovered(closed, |range| no_faults.first_covered(range)) {
             no_faults.truncate(range);
         }

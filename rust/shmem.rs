@@ -196,14 +196,14 @@ unsafe impl AlwaysRefCounted for ShmemFile {
 impl ShmemFile {
     /// A file for mapping only, as large as files can be. May sleep.
     pub(crate) fn new_unlimited() -> Result<ARef<Self>> {
-        Self::new(i64::MAX)
+        Self::new(i64::MAX, true)
     }
 
     /// A file of size 0 for all that regular files are for, like one of `memfd_create(2)`.
     ///
     /// May sleep.
     pub(crate) fn new_seekable() -> Result<ARef<File>> {
-        let file = Self::new(0)?;
+        let file = Self::new(0, false)?;
 
         // SAFETY: Nobody else has the file yet, so nobody else looks at its modes.
         unsafe { bindings::devanon_file_set_seekable(file.as_ptr()) };
@@ -211,9 +211,9 @@ impl ShmemFile {
         Ok(unsafe { ARef::from_raw(ARef::into_raw(file).cast()) })
     }
 
-    fn new(size: i64) -> Result<ARef<Self>> {
+    fn new(size: i64, only_mapped: bool) -> Result<ARef<Self>> {
         let tables = TABLES.as_ref().ok_or(ENXIO)?;
-        let object = KBox::new(Object::new(), GFP_KERNEL)?;
+        let object = KBox::new(Object::new(only_mapped), GFP_KERNEL_ACCOUNT)?;
         let file = setup(size)?;
         let raw = file.as_ptr();
 
@@ -276,6 +276,11 @@ impl ShmemFile {
         to_result(unsafe { bindings::compat_vma_mmap(self.as_ptr(), vma) })
     }
 
+    /// Whether every page there is came by a mapping, as none can be written without one.
+    pub(crate) fn is_only_mapped(&self) -> bool {
+        self.object().only_mapped
+    }
+
     /// Counts `pages` pages as freed because their last mapping went away.
     pub(crate) fn add_freed(&self, pages: usize) {
         self.object().freed.fetch_add(pages as u64, Relaxed);
@@ -300,13 +305,16 @@ struct Object {
     files: Atomic<usize>,
     /// Pages freed because their last mapping went away, so far.
     freed: Atomic<u64>,
+    /// The file was made for mapping only.
+    only_mapped: bool,
 }
 
 impl Object {
-    fn new() -> Self {
+    fn new(only_mapped: bool) -> Self {
         Self {
             files: Atomic::new(1),
             freed: Atomic::new(0),
+            only_mapped,
         }
     }
 }

@@ -532,6 +532,20 @@ pub fn node_opened_too_early() -> Result<()> {
     Ok(())
 }
 
+/// The complete program in README.md does what it says.
+pub fn program_of_the_readme() -> Result<()> {
+    let output = std::process::Command::new("/bin/readme-program")
+        .output()
+        .context("/bin/readme-program")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    ensure!(output.status.success(), "{}: {text}", output.status);
+    ensure!(
+        text == "mapped and touched: 1024 KiB\nhalf of it unmapped: 512 KiB\n",
+        "{text}"
+    );
+    Ok(())
+}
+
 /// An unprivileged user gets all of this.
 pub fn unprivileged_user() -> Result<()> {
     fork(|_| {

@@ -5,6 +5,7 @@
 use crate::sys::*;
 use anyhow::{Context, Result, ensure};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{fs, ptr};
@@ -495,6 +496,25 @@ pub fn huge_pages_only_where_covered() -> Result<()> {
     fs::write(SHMEM_ENABLED, "never")?;
     ensure!(left.resident == 0, "{left:?}");
     Ok(())
+}
+
+/// What was written with write(2) and never mapped stays, though it is in one folio with what goes.
+pub fn huge_page_written_and_partly_mapped() -> Result<()> {
+    fs::write(SHMEM_ENABLED, "always")?;
+    let file = ioctl_file(HUGE)?;
+    let content: Vec<u8> = (0..HUGE * PAGE).map(|at| (at / PAGE) as u8 | 1).collect();
+    file_of(&file)?.write_all_at(&content, 0)?;
+    ensure!(meminfo("ShmemHugePages")? >= HUGE, "no huge page was made");
+    Map::shared(&file, HUGE / 2, 0)?.unmap()?;
+    expect_resident(&file, HUGE / 2, "half mapped and unmapped")?;
+    let mut found = vec![0; HUGE * PAGE / 2];
+    file_of(&file)?.read_exact_at(&mut found, (HUGE * PAGE / 2) as u64)?;
+    ensure!(found == content[HUGE * PAGE / 2..], "written data lost");
+    Ok(())
+}
+
+fn file_of(fd: &OwnedFd) -> Result<fs::File> {
+    Ok(fs::File::from(fd.try_clone()?))
 }
 
 /// A control group of our own, removed when dropped.
