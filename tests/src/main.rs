@@ -17,7 +17,7 @@ use clap::Parser;
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
@@ -37,23 +37,27 @@ struct Args {
     /// Operations of the model test
     #[arg(long, default_value_t = 20_000)]
     operations: u64,
-    /// Seed of the model test, to replay one; random by default
+    /// Seed of what is drawn at random, to replay a run; random by default
     #[arg(long)]
     seed: Option<u64>,
     /// Seconds of the race test
     #[arg(long, default_value_t = 10)]
     race: u64,
     /// Run this one test in this process (what the program calls itself with)
-    #[arg(long, hide = true)]
+    #[arg(long, hide = true, requires = "draw")]
     one: Option<String>,
+    /// The seed, in that case
+    #[arg(long, hide = true)]
+    draw: Option<u64>,
 }
 
-type Test = (&'static str, fn(&Args) -> Result<()>);
+/// A name and what to run, with the arguments and a seed.
+type Test = (&'static str, fn(&Args, u64) -> Result<()>);
 
 /// Names each test after its function.
 macro_rules! tests {
     ($($module:ident { $($name:ident,)* })*) => {
-        &[$($((concat!(stringify!($module), "::", stringify!($name)), |_| $module::$name()),)*)*]
+        &[$($((concat!(stringify!($module), "::", stringify!($name)), |_, _| $module::$name()),)*)*]
     };
 }
 
@@ -115,6 +119,7 @@ const SIMPLE: &[Test] = tests! {
         madvise_remove_frees,
         madvise_dontfork,
         huge_pages_partly_unmapped,
+        huge_pages_find_a_place,
         huge_pages_only_where_covered,
         huge_page_written_and_partly_mapped,
         collapsed_pages,
@@ -129,10 +134,12 @@ const SIMPLE: &[Test] = tests! {
 };
 
 const LONG: &[Test] = &[
-    ("model::random_operations", |args| {
-        model::run(args.seed, args.operations)
+    ("model::random_operations", |args, seed| {
+        model::run(seed, args.operations)
     }),
-    ("race::map_touch_unmap", |args| race::run(args.race, 3)),
+    ("race::map_touch_unmap", |args, seed| {
+        race::run(seed, args.race, 3)
+    }),
 ];
 
 fn all() -> impl Iterator<Item = &'static Test> {
@@ -177,21 +184,25 @@ fn set_up() -> Result<()> {
     Ok(())
 }
 
-/// Runs one test in a process of its own. What it printed comes with the error.
-fn run(name: &str, limit: Duration) -> Result<(), String> {
+/// Runs one test in a process of its own, and ends all it started. What it printed comes with it.
+fn run(name: &str, seed: u64, limit: Duration) -> (String, Result<(), String>) {
     let spawn = || -> Result<(Child, UnixStream)> {
         let (reader, writer) = UnixStream::pair()?;
         let writer = OwnedFd::from(writer);
         let child = Command::new(env::current_exe()?)
             .args(env::args_os().skip(1))
-            .args(["--one", name])
+            .args(["--one", name, "--draw", &seed.to_string()])
+            .process_group(0)
             .stdin(Stdio::null())
             .stdout(writer.try_clone()?)
             .stderr(writer)
             .spawn()?;
         Ok((child, reader))
     };
-    let (mut child, mut reader) = spawn().map_err(|err| format!("{err:#}"))?;
+    let (mut child, mut reader) = match spawn() {
+        Ok(pair) => pair,
+        Err(err) => return (String::new(), Err(format!("{err:#}"))),
+    };
     let output = thread::spawn(move || {
         let mut bytes = Vec::new();
         let _ = reader.read_to_end(&mut bytes);
@@ -202,36 +213,24 @@ fn run(name: &str, limit: Duration) -> Result<(), String> {
     let status = loop {
         match child.try_wait() {
             Ok(Some(status)) => break Some(status),
-            Ok(None) if start.elapsed() > limit => {
-                let _ = child.kill();
-                let _ = child.wait();
-                break None;
-            }
+            Ok(None) if start.elapsed() > limit => break None,
             _ => thread::sleep(Duration::from_millis(2)),
         }
     };
-    // A child of the test may hold the pipe for ever.
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while !output.is_finished() && Instant::now() < deadline {
-        thread::sleep(Duration::from_millis(1));
-    }
-    let said = if output.is_finished() {
-        output.join().unwrap_or_default()
-    } else {
-        String::new()
-    };
-
-    match status {
-        Some(status) if status.success() => {
-            print!("{said}");
-            Ok(())
-        }
+    // Processes it left behind: they hold the pipe, and objects, and the module.
+    // SAFETY: The group is of this test, and ours to kill; it may be gone.
+    unsafe { libc::kill(-(child.id() as i32), libc::SIGKILL) };
+    let _ = child.wait();
+    let said = output.join().unwrap_or_default();
+    let result = match status {
+        Some(status) if status.success() => Ok(()),
         Some(status) => match status.signal() {
-            Some(signal) => Err(format!("{said}crashed: signal {signal}")),
-            None => Err(said),
+            Some(signal) => Err(format!("crashed: signal {signal}")),
+            None => Err("failed".into()),
         },
-        None => Err(format!("{said}still running after {} s", limit.as_secs())),
-    }
+        None => Err(format!("still running after {} s", limit.as_secs())),
+    };
+    (said, result)
 }
 
 fn main() -> ExitCode {
@@ -245,7 +244,7 @@ fn main() -> ExitCode {
             eprintln!("no test {name}");
             return ExitCode::from(2);
         };
-        return match test(&args) {
+        return match test(&args, args.draw.unwrap_or(0)) {
             Ok(()) => ExitCode::SUCCESS,
             Err(err) => {
                 println!("{err:#}");
@@ -272,24 +271,35 @@ fn main() -> ExitCode {
         .collect();
     println!("1..{}", chosen.len());
 
-    let limit = Duration::from_secs(120 + args.race + args.operations / 50);
+    // Before anything may crash.
+    let seed = args.seed.unwrap_or_else(|| fastrand::u64(..));
+    println!("# seed {seed}");
     let mut failed = false;
     for (number, (name, _)) in (1..).zip(&chosen) {
+        let limit = if LONG.iter().any(|(long, _)| long == name) {
+            60 + args.race + args.operations / 100
+        } else {
+            60
+        };
         let before = taint();
-        let mut result = run(name, limit);
+        let (said, result) = run(name, seed, Duration::from_secs(limit));
         // Some tests change it.
         let _ = fs::write("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "never");
+        let mut why: Vec<String> = result.err().into_iter().collect();
         match (before, taint()) {
             (Ok(before), Ok(after)) if before == after => {}
-            taint => result = Err(format!("the kernel was tainted: {taint:x?}")),
+            taint => why.push(format!("the kernel was tainted: {taint:x?}")),
         }
-        match result {
-            Ok(()) => println!("ok {number} {name}"),
-            Err(why) => {
-                failed = true;
-                why.trim_end().lines().for_each(|line| println!("# {line}"));
-                println!("not ok {number} {name}");
-            }
+
+        for line in said.trim_end().lines() {
+            println!("# {}", line.trim_start_matches("# "));
+        }
+        if why.is_empty() {
+            println!("ok {number} {name}");
+        } else {
+            failed = true;
+            println!("# {}", why.join("; "));
+            println!("not ok {number} {name}");
         }
     }
     ExitCode::from(u8::from(failed))

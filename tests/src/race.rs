@@ -99,9 +99,7 @@ fn write_and_verify(map: Map, worker: usize, tag: u64, time: Duration) -> Result
 }
 
 /// Runs the race for `seconds` with `processes` processes on each of the two doors.
-pub fn run(seconds: u64, processes: usize) -> Result<()> {
-    let seed = fastrand::u64(..);
-    println!("# seed {seed}");
+pub fn run(seed: u64, seconds: u64, processes: usize) -> Result<()> {
     for (door, fd) in [
         ("the device", device()?),
         ("a file of the ioctl", ioctl_file(PAGES)?),

@@ -405,6 +405,11 @@ pub fn madvise_keeps_what_is_mapped() -> Result<()> {
     ] {
         map.advise(advice)
             .with_context(|| format!("advice {advice}"))?;
+        let info = info(&dev)?;
+        ensure!(
+            info.resident + info.swapped == 16,
+            "advice {advice}: {info:?}"
+        );
         map.check(TAG).with_context(|| format!("advice {advice}"))?;
     }
     map.protect(libc::PROT_NONE)?;
@@ -483,6 +488,24 @@ pub fn huge_pages_partly_unmapped() -> Result<()> {
     }
     .unmap()?;
     expect_resident(&dev, 0, "all unmapped")
+}
+
+/// Without a hint, large mappings are placed so that huge pages fit, as tmpfs's are.
+pub fn huge_pages_find_a_place() -> Result<()> {
+    fs::write(SHMEM_ENABLED, "always")?;
+    for fd in [device()?, ioctl_file(4 * HUGE)?] {
+        // Something small first, so that luck does not align what follows.
+        Map::shared(&fd, 1, 0)?;
+        let map = Map::shared(&fd, 2 * HUGE, 0)?;
+        ensure!(
+            map.addr.align_offset(HUGE * PAGE) == 0,
+            "{:p} is not aligned",
+            map.addr
+        );
+        map.fill(TAG);
+        ensure!(meminfo("ShmemHugePages")? >= HUGE, "no huge page was made");
+    }
+    Ok(())
 }
 
 /// A touch of one page must not make a huge one of which nobody ever unmaps the rest.
@@ -589,19 +612,31 @@ fn pin(map: Map) -> Result<OwnedFd> {
             .context("io_uring_setup")?;
         OwnedFd::from_raw_fd(fd)
     };
-    const IORING_REGISTER_BUFFERS: u32 = 0;
-    // SAFETY: One iovec, of memory of ours.
+    register(&ring, IORING_REGISTER_BUFFERS, Some(iovec)).context("IORING_REGISTER_BUFFERS")?;
+    Ok(ring)
+}
+
+const IORING_REGISTER_BUFFERS: u32 = 0;
+const IORING_UNREGISTER_BUFFERS: u32 = 1;
+
+fn register(ring: &OwnedFd, what: u32, buffer: Option<libc::iovec>) -> std::io::Result<()> {
+    let pointer = buffer.as_ref().map_or(ptr::null(), ptr::from_ref);
+    let count = i32::from(buffer.is_some());
+    // SAFETY: At most one iovec, of memory of ours.
     let ret = unsafe {
         libc::syscall(
             libc::SYS_io_uring_register,
             ring.as_raw_fd(),
-            IORING_REGISTER_BUFFERS,
-            &raw const iovec,
-            1,
+            what,
+            pointer,
+            count,
         )
     };
-    cvt(ret as i32).context("IORING_REGISTER_BUFFERS")?;
-    Ok(ring)
+    cvt(ret as i32).map(drop)
+}
+
+fn unpin(ring: OwnedFd) -> Result<()> {
+    register(&ring, IORING_UNREGISTER_BUFFERS, None).context("IORING_UNREGISTER_BUFFERS")
 }
 
 /// The pin keeps the memory, not the page of the file: freed for all others, given back with it.
@@ -620,15 +655,10 @@ pub fn pinned_pages() -> Result<()> {
         "{pinned} pages charged: the pin did not keep 4096"
     );
 
-    drop(ring);
-    // The ring is torn down by a worker.
-    for _ in 0..200 {
-        if group.current()? < 2048 {
-            return Ok(());
-        }
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
-    anyhow::bail!("{} pages charged after the pin went", group.current()?)
+    unpin(ring)?;
+    let left = group.current()?;
+    ensure!(left < 2048, "{left} pages charged after the pin went");
+    Ok(())
 }
 
 /// A pinned huge page cannot be split. Its parts are emptied as they are unmapped, and the memory
@@ -643,7 +673,7 @@ pub fn pinned_huge_page_partly_unmapped() -> Result<()> {
     map.part(0, HUGE / 2).unmap()?;
     map.part(HUGE / 2, HUGE / 2).unmap()?;
     expect_resident(&dev, 0, "all unmapped, pinned")?;
-    drop(ring);
+    unpin(ring)?;
     expect_resident(&dev, 0, "pin gone")?;
     Map::shared(&dev, HUGE, 0)?.check_zero()
 }
@@ -654,8 +684,7 @@ pub fn huge_page_pinned_for_a_while() -> Result<()> {
     let map = huge_pages(&dev, HUGE)?;
     let ring = pin(map)?;
     map.part(0, HUGE / 2).unmap()?;
-    drop(ring);
-    std::thread::sleep(std::time::Duration::from_millis(200));
+    unpin(ring)?;
     map.part(HUGE / 2, HUGE / 2).check(TAG + HUGE as u64 / 2)?;
     map.part(HUGE / 2, HUGE / 2).unmap()?;
     expect_resident(&dev, 0, "all unmapped")
