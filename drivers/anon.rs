@@ -31,7 +31,6 @@
 
 use chrdev::{
     CharDevice,
-    GetUnmappedArea,
     Registration, //
 };
 use core::borrow::Borrow;
@@ -51,7 +50,7 @@ use kernel::{
     },
 };
 use range::{
-    uncovered,
+    to_free,
     PageRange, //
 };
 use shmem::{
@@ -122,7 +121,6 @@ impl CharDevice for DevAnon {
 
     const CLASS: &'static CStr = c"devanon";
     const NAME: &'static CStr = c"anon";
-    const GET_UNMAPPED_AREA: GetUnmappedArea = shmem::get_unmapped_area;
 
     fn mode() -> u16 {
         // A `u16` from 7.3 on, a `&u16` before.
@@ -176,7 +174,9 @@ impl CharDevice for DevAnon {
 /// Nothing is counted, so nothing can be miscounted at fork, split, merge, mremap or exit.
 ///
 /// Between "no VMA covers this page" and "it is freed" another process may map it, touch it and
-/// write; freeing it then would lose live data. `invalidate_lock` shuts out that touch.
+/// write; freeing it then would lose live data. So it is asked once more under the folio's lock,
+/// which whoever maps the folio takes as well ([`mapping::InvalidateGuard::free`]). A page in swap
+/// has no folio; `invalidate_lock` keeps faults from bringing it in.
 struct FreeOnUnmap;
 
 impl VmOperations for FreeOnUnmap {
@@ -208,8 +208,12 @@ impl VmOperations for FreeOnUnmap {
         } else {
             closed
         };
-        for range in uncovered(closed, |range| no_faults.first_covered(range)) {
-            no_faults.truncate(range);
+        for range in to_free(
+            closed,
+            |range| no_faults.next_page(range),
+            |range| no_faults.run(range),
+        ) {
+            no_faults.free(range);
         }
 
         let after = mapping.pages();

@@ -41,6 +41,16 @@ impl PageRange {
         }
     }
 
+    /// What both have in common.
+    pub(crate) fn intersection(self, other: Self) -> Option<Self> {
+        Self::new(self.first.max(other.first), self.last.min(other.last))
+    }
+
+    /// Whether `other` lies in it.
+    pub(crate) fn contains(self, other: Self) -> bool {
+        self.first <= other.first && other.last <= self.last
+    }
+
     /// The aligned run of `1 << order` pages that holds `page`.
     pub(crate) fn aligned(page: usize, order: u32) -> Self {
         let mask = (1 << order) - 1;
@@ -53,32 +63,39 @@ impl PageRange {
     }
 }
 
-/// The parts of `range` that `first_covered` does not cover, in ascending order.
+/// Pages from one on of which the same holds.
+pub(crate) struct Run {
+    /// Some VMA covers each of them, or none does any of them.
+    pub(crate) covered: bool,
+    /// The last of them.
+    pub(crate) last: usize,
+}
+
+/// The parts of `range` to free, in ascending order: from a page that is there and not covered to
+/// where the next covered one is known.
 ///
-/// `first_covered` is asked for the covered range that starts lowest among those that share a page
-/// with its argument, as `vma_interval_tree_iter_first()` answers. It is asked once for every such
-/// range and once more, and only when the iterator is advanced.
-pub(crate) fn uncovered(
+/// `next_page` answers with the first page of its argument that is there. `run` says of the first
+/// page of its argument whether it is covered, and up to which page of the argument that holds.
+/// Pages that are not there cost nothing, however many VMAs cover them.
+pub(crate) fn to_free(
     range: PageRange,
-    mut first_covered: impl FnMut(PageRange) -> Option<PageRange>,
+    mut next_page: impl FnMut(PageRange) -> Option<usize>,
+    mut run: impl FnMut(PageRange) -> Run,
 ) -> impl Iterator<Item = PageRange> {
     let mut rest = Some(range);
 
     core::iter::from_fn(move || {
-        while let Some(todo) = rest {
-            let Some(covered) = first_covered(todo) else {
-                rest = None;
-                return Some(todo);
-            };
+        loop {
+            let todo = rest?;
+            let part = PageRange::new(next_page(todo)?, todo.last)?;
+            let Run { covered, last } = run(part);
 
-            rest = covered
-                .last
+            rest = last
                 .checked_add(1)
                 .and_then(|next| PageRange::new(next, todo.last));
-            if covered.first > todo.first {
-                return PageRange::new(todo.first, covered.first - 1);
+            if !covered {
+                return PageRange::new(part.first, last);
             }
         }
-        None
     })
 }

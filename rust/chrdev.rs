@@ -48,19 +48,12 @@ pub(crate) trait CharDevice {
     /// `mmap(2)`, under `mmap_lock` held for writing.
     fn mmap(object: &Self::Object, vma: &VmaNew) -> Result;
 
-    /// `mmap(2)` looks for an address; see `f_op->get_unmapped_area`.
-    const GET_UNMAPPED_AREA: GetUnmappedArea;
-
     /// `ioctl(2)`.
     fn ioctl(cmd: u32, arg: usize) -> Result<c_long>;
 
     /// `/proc/PID/fdinfo/N` is read.
     fn show_fdinfo(object: &Self::Object, m: &SeqFile);
 }
-
-/// Type of `f_op->get_unmapped_area`.
-pub(crate) type GetUnmappedArea =
-    unsafe extern "C" fn(*mut bindings::file, c_ulong, c_ulong, c_ulong, c_ulong) -> c_ulong;
 
 /// A device in the kernel's tables, with a node in `/dev` where devtmpfs makes nodes.
 ///
@@ -201,7 +194,7 @@ impl<T: CharDevice> Registration<T> {
         open: Some(Self::open),
         release: Some(Self::release),
         mmap: Some(Self::mmap),
-        get_unmapped_area: Some(T::GET_UNMAPPED_AREA),
+        get_unmapped_area: Some(bindings::thp_get_unmapped_area),
         unlocked_ioctl: Some(Self::ioctl),
         #[cfg(CONFIG_COMPAT)]
         compat_ioctl: bindings::compat_ptr_ioctl,

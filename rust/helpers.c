@@ -2,10 +2,14 @@
 /*
  * Inline functions and macros of the kernel, made callable from Rust.
  */
+#include <linux/fcntl.h>
+#include <linux/folio_batch.h>
 #include <linux/fs.h>
 #include <linux/interval_tree_generic.h>
 #include <linux/mm.h>
+#include <linux/pagemap.h>
 #include <linux/shmem_fs.h>
+#include <linux/xarray.h>
 
 #include "helpers.h"
 
@@ -20,10 +24,24 @@ INTERVAL_TREE_DEFINE(struct vm_area_struct, shared.rb, unsigned long,
 		     shared.rb_subtree_last, devanon_vma_first, vma_last_pgoff,
 		     static inline, devanon_i_mmap)
 
-/* A shmem file of the kernel's internal mount; pages are accounted one by one. */
+/*
+ * A shmem file of the kernel's internal mount; pages are accounted one by one.
+ * Not to be executed, whatever vm.memfd_noexec says: its content would not
+ * outlive the last process that runs it.
+ */
 struct file *devanon_shmem_file_setup(const char *name, loff_t size)
 {
-	return shmem_file_setup(name, size, mk_vma_flags(VMA_NORESERVE_BIT));
+	struct file *file;
+
+	file = shmem_file_setup(name, size, mk_vma_flags(VMA_NORESERVE_BIT));
+	if (!IS_ERR(file)) {
+		struct inode *inode = file_inode(file);
+
+		inode->i_mode &= ~0111;
+		SHMEM_I(inode)->seals |= F_SEAL_EXEC;
+	}
+
+	return file;
 }
 
 /*
@@ -55,21 +73,129 @@ void devanon_vma_range(struct vm_area_struct *vma, pgoff_t *first, pgoff_t *last
 	*last = vma_last_pgoff(vma);
 }
 
+/* Steps in the tree under one i_mmap_rwsem. */
+#define DEVANON_STEPS 1024
+
 /*
- * The VMA with the lowest first page among those that cover a page in
- * [@first, @last]. Takes i_mmap_rwsem for reading; may sleep.
+ * Whether a VMA covers page @first. @last is lowered to the last page of which
+ * the same is known. Takes i_mmap_rwsem for reading; may sleep.
  */
-bool devanon_first_covered(struct address_space *mapping, pgoff_t first,
-			   pgoff_t last, pgoff_t *vma_first,
-			   pgoff_t *vma_last)
+bool devanon_covered(struct address_space *mapping, pgoff_t first, pgoff_t *last)
 {
 	struct vm_area_struct *vma;
+	pgoff_t vma_first, vma_last, end;
+	bool covered = false;
+	int steps = DEVANON_STEPS;
 
 	i_mmap_lock_read(mapping);
-	vma = devanon_i_mmap_iter_first(&mapping->i_mmap, first, last);
-	if (vma)
-		devanon_vma_range(vma, vma_first, vma_last);
+	vma = devanon_i_mmap_iter_first(&mapping->i_mmap, first, *last);
+	if (vma) {
+		devanon_vma_range(vma, &vma_first, &vma_last);
+		covered = vma_first <= first;
+		end = covered ? vma_last : vma_first - 1;
+		/* VMAs come in the order of their first pages. */
+		while (covered && end < *last && --steps) {
+			vma = devanon_i_mmap_iter_next(vma, first, *last);
+			if (!vma)
+				break;
+			devanon_vma_range(vma, &vma_first, &vma_last);
+			if (vma_first > end + 1)
+				break;
+			end = max(end, vma_last);
+		}
+		*last = min(end, *last);
+	}
 	i_mmap_unlock_read(mapping);
+	cond_resched();
 
-	return vma;
+	return covered;
+}
+
+/*
+ * The first page in [@first, @last] that has a folio or is in swap; if @swapped,
+ * that is in swap. Does not sleep.
+ */
+bool devanon_next_page(struct address_space *mapping, bool swapped,
+		       pgoff_t *first, pgoff_t last)
+{
+	XA_STATE(xas, &mapping->i_pages, *first);
+	void *entry;
+
+	rcu_read_lock();
+	xas_for_each(&xas, entry, last) {
+		if (xas_retry(&xas, entry) || (swapped && !xa_is_value(entry)))
+			continue;
+		*first = max(*first, xas.xa_index);
+		break;
+	}
+	rcu_read_unlock();
+
+	return entry;
+}
+
+/* Remove those of the @nr folios, all locked, that lie in the range and are not covered. */
+static void devanon_remove_locked(struct address_space *mapping, struct folio **folios,
+				  unsigned int nr, pgoff_t first, pgoff_t last)
+{
+	pgoff_t low = last, high = first, end;
+	bool none_covered;
+	unsigned int i;
+
+	for (i = 0; i < nr; i++) {
+		if (folios[i]->mapping != mapping || folios[i]->index < first ||
+		    folio_next_index(folios[i]) - 1 > last) {
+			/* Gone, or only a part of it is meant. */
+			folio_unlock(folios[i]);
+			folios[i] = NULL;
+			continue;
+		}
+		low = min(low, folios[i]->index);
+		high = max(high, folio_next_index(folios[i]) - 1);
+	}
+
+	/* One question for all, as a rule. */
+	end = high;
+	none_covered = low > high || (!devanon_covered(mapping, low, &end) && end == high);
+
+	for (i = 0; i < nr; i++) {
+		struct folio *folio = folios[i];
+
+		if (!folio)
+			continue;
+		end = folio_next_index(folio) - 1;
+		if (none_covered || (!devanon_covered(mapping, folio->index, &end) &&
+				     end == folio_next_index(folio) - 1))
+			generic_error_remove_folio(mapping, folio);
+		folio_unlock(folio);
+	}
+}
+
+/*
+ * Remove from the page cache the folios in [@first, @last] that no VMA covers.
+ * That is asked with the folio locked: whoever maps a folio, or writes to it,
+ * has it locked as well, and is in the tree before he maps it. So nobody who
+ * comes in time loses it, and nobody who comes later finds it. May sleep.
+ */
+void devanon_remove_uncovered(struct address_space *mapping, pgoff_t first, pgoff_t last)
+{
+	struct folio_batch batch;
+	pgoff_t index = first;
+
+	folio_batch_init(&batch);
+	while (filemap_get_folios(mapping, &index, last, &batch)) {
+		struct folio *locked[FOLIO_BATCH_SIZE];
+		unsigned int i = 0, nr;
+
+		while (i < folio_batch_count(&batch)) {
+			nr = 0;
+			folio_lock(batch.folios[i]);
+			do {
+				locked[nr++] = batch.folios[i++];
+			} while (i < folio_batch_count(&batch) &&
+				 folio_trylock(batch.folios[i]));
+			devanon_remove_locked(mapping, locked, nr, first, last);
+		}
+		folio_batch_release(&batch);
+		cond_resched();
+	}
 }

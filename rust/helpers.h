@@ -13,8 +13,10 @@ void devanon_shmem_pages(struct inode *inode, unsigned long *resident,
 			 unsigned long *swapped);
 void devanon_file_set_seekable(struct file *file);
 void devanon_vma_range(struct vm_area_struct *vma, pgoff_t *first, pgoff_t *last);
-bool devanon_first_covered(struct address_space *mapping, pgoff_t first,
-			   pgoff_t last, pgoff_t *vma_first,
-			   pgoff_t *vma_last);
+bool devanon_covered(struct address_space *mapping, pgoff_t first, pgoff_t *last);
+bool devanon_next_page(struct address_space *mapping, bool swapped,
+		       pgoff_t *first, pgoff_t last);
+void devanon_remove_uncovered(struct address_space *mapping, pgoff_t first,
+			      pgoff_t last);
 
 #endif /* _DEVANON_HELPERS_H */

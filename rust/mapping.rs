@@ -14,7 +14,11 @@
 
 use super::{
     bindings,
-    range::PageRange, //
+    range::{
+        to_free,
+        PageRange,
+        Run, //
+    }, //
 };
 use kernel::{
     page::PAGE_SHIFT,
@@ -23,6 +27,9 @@ use kernel::{
         Opaque, //
     }, //
 };
+
+// Offsets in bytes are `usize` here, and `i_size` is read without its seqcount.
+const _: () = assert!(usize::BITS == 64);
 
 /// A `struct address_space`, the page cache of one file.
 ///
@@ -103,8 +110,8 @@ impl Mapping {
 
     /// Size of the file in bytes.
     pub(crate) fn size(&self) -> u64 {
-        // SAFETY: The host is a live inode. `i_size` is one word on the 64-bit machines this is
-        // built for (see Kbuild), and all that is asked of it is some value it had.
+        // SAFETY: The host is a live inode. `i_size` is one word, as offsets in bytes are (see
+        // above), and all that is asked of it is some value it had.
         unsafe { (&raw const (*self.host()).i_size).read_volatile() as u64 }
     }
 }
@@ -117,54 +124,127 @@ impl Mapping {
 pub(crate) struct InvalidateGuard<'a>(&'a Mapping, NotThreadSafe);
 
 impl InvalidateGuard<'_> {
-    /// The range of the VMA that starts lowest among those that cover a page of `range`, of any
-    /// process. May sleep: takes `i_mmap_rwsem` for reading.
-    pub(crate) fn first_covered(&self, range: PageRange) -> Option<PageRange> {
-        let (mut first, mut last) = (0, 0);
+    /// The first page of `range` that is in memory or in swap. Does not sleep.
+    pub(crate) fn next_page(&self, range: PageRange) -> Option<usize> {
+        self.next(false, range)
+    }
 
-        // SAFETY: The mapping is live, and the two results are ours to write.
+    fn next(&self, swapped: bool, range: PageRange) -> Option<usize> {
+        let mut page = range.first();
+
+        // SAFETY: The mapping is live, and the result is ours to write.
         let found = unsafe {
-            bindings::devanon_first_covered(
-                self.0 .0.get(),
-                range.first(),
-                range.last(),
-                &mut first,
-                &mut last,
-            )
+            bindings::devanon_next_page(self.0 .0.get(), swapped, &mut page, range.last())
         };
-        if found {
-            PageRange::new(first, last)
-        } else {
-            None
-        }
+        found.then_some(page)
     }
 
-    /// `range`, widened at both ends to whole folios, or whole entries where they are in swap.
-    ///
-    /// Does not sleep.
+    /// Whether a VMA, of any process, covers the first page of `range`, and up to which page of it
+    /// the same holds. May sleep: takes `i_mmap_rwsem` for reading.
+    pub(crate) fn run(&self, range: PageRange) -> Run {
+        let mut last = range.last();
+
+        // SAFETY: The mapping is live, and the result is ours to write.
+        let covered =
+            unsafe { bindings::devanon_covered(self.0 .0.get(), range.first(), &mut last) };
+        Run { covered, last }
+    }
+
+    /// The pages of the folio that has `page`, or of the entry where they are in swap, or `page`
+    /// alone. A hint: it may change at once.
+    fn folio_of(&self, page: usize) -> PageRange {
+        // SAFETY: `i_pages` lives in the mapping; `xa_get_order()` does its own locking.
+        let order = unsafe { bindings::xa_get_order(&raw mut (*self.0 .0.get()).i_pages, page) };
+        PageRange::aligned(page, order as u32)
+    }
+
+    /// `range`, widened at both ends to whole folios. Does not sleep.
     pub(crate) fn whole_folios(&self, range: PageRange) -> PageRange {
-        let run_of = |page| {
-            // SAFETY: `i_pages` lives in the mapping; `xa_get_order()` does its own locking, and
-            // its answer is a hint: a folio split or made right after changes what
-            // `shmem_truncate_range()` meets, which copes with any.
-            let order =
-                unsafe { bindings::xa_get_order(&raw mut (*self.0 .0.get()).i_pages, page) };
-            PageRange::aligned(page, order as u32)
-        };
-
-        range.hull(run_of(range.first())).hull(run_of(range.last()))
+        range
+            .hull(self.folio_of(range.first()))
+            .hull(self.folio_of(range.last()))
     }
 
-    /// Frees the pages of `range`, resident and swapped out; a later touch finds zeros.
+    /// Frees the pages of `range`, in memory and in swap, but none that a VMA covers by the time it
+    /// is their turn. A later touch finds zeros.
     ///
-    /// May sleep: waits for folio locks and for writeback.
-    pub(crate) fn truncate(&self, range: PageRange) {
-        let start = (range.first() << PAGE_SHIFT) as bindings::loff_t;
-        let end = ((range.last() + 1) << PAGE_SHIFT).wrapping_sub(1) as u64;
+    /// May sleep: waits for folio locks.
+    pub(crate) fn free(&self, range: PageRange) {
+        let edges = [Some(range.first()), range.last().checked_add(1)];
+        for edge in edges.into_iter().flatten() {
+            if self.folio_of(edge).first() < edge {
+                self.split(edge);
+            }
+        }
 
+        // SAFETY: The mapping is live. No spinlock is held, and neither is `i_mmap_rwsem`.
+        unsafe { bindings::devanon_remove_uncovered(self.0 .0.get(), range.first(), range.last()) };
+
+        // A folio across an edge that could not be split, as it is pinned: its part is zeroed.
+        for page in [range.first(), range.last()] {
+            let folio = self.folio_of(page);
+            if !range.contains(folio) {
+                if let Some(part) = range.intersection(folio) {
+                    self.truncate(part);
+                }
+            }
+        }
+
+        // With faults shut out, what is in swap stays there, short of a read(2) or write(2).
+        let swapped = to_free(
+            range,
+            |part| self.next(true, part),
+            |part| {
+                let Run { covered, last } = self.run(part);
+                let last = if covered {
+                    last
+                } else {
+                    self.last_swapped(part, last)
+                };
+                Run { covered, last }
+            },
+        );
+        for part in swapped {
+            self.truncate(part);
+        }
+
+        // Has shmem count anew. An empty range: nothing is truncated.
+        self.truncate_bytes(
+            (range.first() << PAGE_SHIFT) + 1,
+            range.first() << PAGE_SHIFT,
+        );
+    }
+
+    /// The last page of `part`, up to `last`, such that no folio lies between.
+    fn last_swapped(&self, part: PageRange, last: usize) -> usize {
+        let mut end = self.folio_of(part.first()).last();
+        while end < last && self.next(true, PageRange::aligned(end + 1, 0)).is_some() {
+            end = self.folio_of(end + 1).last();
+        }
+        end.min(last)
+    }
+
+    /// Splits the folio across the border before `page`, if it can be split. Its data stays.
+    fn split(&self, page: usize) {
+        // shmem splits what a range begins in the middle of, and an empty range frees nothing.
+        self.truncate_bytes(page << PAGE_SHIFT, (page << PAGE_SHIFT) - 1);
+    }
+
+    /// Frees, or zeroes where a pinned folio cannot be split, the pages of `range`.
+    fn truncate(&self, range: PageRange) {
+        self.truncate_bytes(
+            range.first() << PAGE_SHIFT,
+            ((range.last() + 1) << PAGE_SHIFT).wrapping_sub(1),
+        );
+    }
+
+    /// `shmem_truncate_range()` from byte `first` to byte `last`.
+    fn truncate_bytes(&self, first: usize, last: usize) {
         // SAFETY: By the type invariant of `Mapping` the host is a live shmem inode. No spinlock is
         // held: the guard is that of a sleeping lock. `i_mmap_rwsem` and `i_rwsem` are not held.
-        unsafe { bindings::shmem_truncate_range(self.0.host(), start, end) };
+        unsafe {
+            bindings::shmem_truncate_range(self.0.host(), first as bindings::loff_t, last as u64)
+        };
     }
 }
 

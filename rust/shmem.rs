@@ -48,6 +48,7 @@ use kernel::{
         },
         SetOnce, //
     },
+    types::Opaque,
     ThisModule, //
 };
 
@@ -118,7 +119,13 @@ pub(crate) fn init<T: VmOperations>(module: &ThisModule) -> Result {
     let shmem_vm = NonNull::new(desc.vm_ops.cast_mut()).ok_or(ENODEV)?;
     // SAFETY: shmem filled in a pointer to a constant table.
     let vm = unsafe { ptr::read(shmem_vm.as_ptr()) };
-    if vm.fault.is_none() || vm.map_pages.is_none() || vm.close.is_some() {
+    // What is wrapped has to be there, and what is replaced must not.
+    if vm.fault.is_none()
+        || vm.map_pages.is_none()
+        || vm.close.is_some()
+        || fop.release.is_some()
+        || fop.show_fdinfo.is_some()
+    {
         return Err(ENODEV);
     }
 
@@ -130,7 +137,9 @@ pub(crate) fn init<T: VmOperations>(module: &ThisModule) -> Result {
             open: Some(open),
             release: Some(release),
             mmap_prepare: Some(prepare),
-            get_unmapped_area: Some(get_unmapped_area),
+            // shmem's insists that a file has shmem's operations. This one aligns for huge pages
+            // as well, and is one that mremap(2) trusts to move several VMAs at once.
+            get_unmapped_area: Some(bindings::thp_get_unmapped_area),
             show_fdinfo: Some(show_fdinfo),
             ..fop
         },
@@ -178,18 +187,22 @@ fn setup(size: i64) -> Result<ARef<File>> {
 ///
 /// `f_op` is [`Tables::fop`], `f_inode` is a shmem inode, and the file is one of those counted in
 /// the inode's [`Object`].
+///
+/// Not a [`File`]: a fault may come inside `fdget_pos()`, when a `write(2)` reads its buffer from a
+/// mapping of the same file, and `File` promises that there is none. Nothing here uses `f_pos`.
 #[repr(transparent)]
-pub(crate) struct ShmemFile(File);
+pub(crate) struct ShmemFile(Opaque<bindings::file>);
 
-// SAFETY: The references are those of the `File` inside, at the same address.
+// SAFETY: The reference count is the file's own.
 unsafe impl AlwaysRefCounted for ShmemFile {
     fn inc_ref(&self) {
-        self.0.inc_ref();
+        // SAFETY: A reference to `self` proves that the count is not 0.
+        unsafe { bindings::get_file(self.as_ptr()) };
     }
 
     unsafe fn dec_ref(obj: NonNull<Self>) {
-        // SAFETY: The caller gives up a reference; `Self` is transparent over `File`.
-        unsafe { File::dec_ref(obj.cast()) }
+        // SAFETY: The caller gives up a reference.
+        unsafe { bindings::fput(obj.as_ptr().cast()) }
     }
 }
 
@@ -207,7 +220,8 @@ impl ShmemFile {
 
         // SAFETY: Nobody else has the file yet, so nobody else looks at its modes.
         unsafe { bindings::devanon_file_set_seekable(file.as_ptr()) };
-        // SAFETY: `Self` is transparent over `File`; the reference is passed on.
+        // SAFETY: Both are transparent over `struct file`; the reference is passed on. Nobody else
+        // has the file, so nobody is inside `fdget_pos()` on it.
         Ok(unsafe { ARef::from_raw(ARef::into_raw(file).cast()) })
     }
 
@@ -228,7 +242,7 @@ impl ShmemFile {
             (*raw).f_op = &tables.fop;
         }
         // INVARIANT: `f_op` was set above, and an object starts out with one file counted.
-        // SAFETY: `Self` is transparent over `File`; the reference is passed on.
+        // SAFETY: Both are transparent over `struct file`; the reference is passed on.
         Ok(unsafe { ARef::from_raw(ARef::into_raw(file).cast()) })
     }
 
@@ -236,13 +250,13 @@ impl ShmemFile {
     ///
     /// `ptr` has our operations, and is referenced for `'a`.
     unsafe fn from_raw<'a>(ptr: *mut bindings::file) -> &'a Self {
-        // SAFETY: `Self` is transparent over `File`, which is transparent over `struct file`.
+        // SAFETY: `Self` is transparent over `struct file`.
         // INVARIANT: Our operations are given to files of shmem inodes only, once they are counted.
         unsafe { &*ptr.cast() }
     }
 
     fn as_ptr(&self) -> *mut bindings::file {
-        self.0.as_ptr()
+        self.0.get()
     }
 
     fn object(&self) -> &Object {
@@ -276,7 +290,8 @@ impl ShmemFile {
         to_result(unsafe { bindings::compat_vma_mmap(self.as_ptr(), vma) })
     }
 
-    /// Whether every page there is came by a mapping, as none can be written without one.
+    /// Whether every page there is came by a mapping: there is no descriptor to write one with,
+    /// short of a privileged process that opens `/proc/PID/map_files`.
     pub(crate) fn is_only_mapped(&self) -> bool {
         self.object().only_mapped
     }
@@ -299,7 +314,7 @@ impl ShmemFile {
 
 /// What is kept for an inode of ours while files of ours are open on it.
 ///
-/// The inode's only dentry points here, with `d_fsdata`, which shmem uses in directories only.
+/// The inode's only dentry points here, with `d_fsdata`, which shmem uses for entries of directories only.
 struct Object {
     /// The files. Changed under the inode's `i_lock`; the object goes with the last of them.
     files: Atomic<usize>,
@@ -419,31 +434,6 @@ unsafe extern "C" fn prepare(desc: *mut bindings::vm_area_desc) -> c_int {
         unsafe { (*desc).vm_ops = &tables.vm };
     }
     ret
-}
-
-/// `f_op->get_unmapped_area`: that of shared anonymous memory, which aligns for huge pages.
-///
-/// # Safety
-///
-/// Called by the mm, in the context of the process that maps.
-pub(crate) unsafe extern "C" fn get_unmapped_area(
-    _file: *mut bindings::file,
-    addr: c_ulong,
-    len: c_ulong,
-    pgoff: c_ulong,
-    flags: c_ulong,
-) -> c_ulong {
-    let shmem_area = TABLES.as_ref().and_then(|tables| {
-        // SAFETY: `shmem_fop` is a constant of the kernel.
-        unsafe { (*tables.shmem_fop).get_unmapped_area }
-    });
-
-    match shmem_area {
-        // SAFETY: shmem's function takes no file for an anonymous mapping, and insists that a file
-        // has its own operations.
-        Some(shmem_area) => unsafe { shmem_area(ptr::null_mut(), addr, len, pgoff, flags) },
-        None => ENODEV.to_errno() as c_ulong,
-    }
 }
 
 /// `f_op->show_fdinfo`.

@@ -8,7 +8,7 @@ mod range;
 
 #[cfg(test)]
 mod tests {
-    use super::range::{PageRange, uncovered};
+    use super::range::{PageRange, Run, to_free};
 
     const PAGES: usize = 6;
 
@@ -18,71 +18,92 @@ mod tests {
             .collect()
     }
 
-    /// As `vma_interval_tree_iter_first()`: of those that share a page with `range`, the lowest.
-    fn first_of(vmas: &[PageRange], range: PageRange) -> Option<PageRange> {
-        vmas.iter()
-            .filter(|vma| vma.first() <= range.last() && range.first() <= vma.last())
-            .min_by_key(|vma| vma.first())
-            .copied()
+    fn has(set: usize, page: usize) -> bool {
+        set >> page & 1 != 0
     }
 
-    fn gaps(range: PageRange, vmas: &[PageRange]) -> Vec<PageRange> {
-        uncovered(range, |todo| first_of(vmas, todo)).collect()
-    }
-
-    /// Every range, against every set of up to three VMAs, overlapping or not.
+    /// Every range, every set of pages that are there, every set of pages that are covered, and
+    /// knowledge of runs that reaches one page, two, or as far as it holds.
     #[test]
-    fn uncovered_is_what_no_vma_covers() {
-        let ranges = all_ranges();
-        let mut sets = vec![vec![]];
-        for a in &ranges {
-            sets.push(vec![*a]);
-            for b in &ranges {
-                sets.push(vec![*a, *b]);
-                for c in &ranges {
-                    sets.push(vec![*a, *b, *c]);
+    fn frees_what_is_there_and_not_covered() {
+        for range in all_ranges() {
+            for there in 0..1 << PAGES {
+                for covered in 0..1 << PAGES {
+                    for reach in [1, 2, PAGES] {
+                        check(range, there, covered, reach);
+                    }
                 }
             }
         }
+    }
 
-        for vmas in &sets {
-            for &range in &ranges {
-                let gaps = gaps(range, vmas);
-                let mut free = [false; PAGES];
-                for gap in &gaps {
-                    for free in &mut free[gap.first()..=gap.last()] {
-                        assert!(!*free, "twice: {range:?} less {vmas:?}: {gaps:?}");
-                        *free = true;
-                    }
+    fn check(range: PageRange, there: usize, covered: usize, reach: usize) {
+        let mut asked = 0;
+        let parts: Vec<_> = to_free(
+            range,
+            |part| (part.first()..=part.last()).find(|page| has(there, *page)),
+            |part| {
+                asked += 1;
+                let first = has(covered, part.first());
+                let last = (part.first()..=part.last())
+                    .take(reach)
+                    .take_while(|page| has(covered, *page) == first)
+                    .last();
+                Run {
+                    covered: first,
+                    last: last.unwrap_or(part.first()),
                 }
-                for (page, &free) in free.iter().enumerate() {
-                    let inside = (range.first()..=range.last()).contains(&page);
-                    let covered = vmas
-                        .iter()
-                        .any(|vma| (vma.first()..=vma.last()).contains(&page));
-                    assert_eq!(
-                        free,
-                        inside && !covered,
-                        "{range:?} less {vmas:?}: {gaps:?}"
-                    );
-                }
+            },
+        )
+        .collect();
+
+        let what = format!("{range:?}, there {there:b}, covered {covered:b}: {parts:?}");
+        for page in 0..PAGES {
+            let freed = parts
+                .iter()
+                .filter(|part| (part.first()..=part.last()).contains(&page))
+                .count();
+            let inside = (range.first()..=range.last()).contains(&page);
+            assert!(freed <= 1, "page {page} twice: {what}");
+            if freed == 1 {
+                assert!(inside && !has(covered, page), "page {page} freed: {what}");
+            } else {
                 assert!(
-                    gaps.windows(2)
-                        .all(|pair| pair[0].last() + 1 < pair[1].first()),
-                    "not ascending, or cut in two: {gaps:?}"
+                    !inside || has(covered, page) || !has(there, page),
+                    "page {page} left: {what}"
                 );
             }
         }
+        assert!(
+            parts
+                .windows(2)
+                .all(|pair| pair[0].last() < pair[1].first()),
+            "order: {what}"
+        );
+        // Each question is about a page that is there, and none is asked twice.
+        assert!(
+            asked <= there.count_ones() as usize,
+            "{asked} questions: {what}"
+        );
     }
 
     #[test]
     fn the_end_of_the_world_does_not_wrap() {
         let all = PageRange::new(0, usize::MAX).unwrap();
-        let top = PageRange::new(10, usize::MAX).unwrap();
+        let free = |covered| {
+            to_free(
+                all,
+                |part| Some(part.first()),
+                move |part| Run {
+                    covered,
+                    last: part.last(),
+                },
+            )
+            .collect::<Vec<_>>()
+        };
 
-        assert_eq!(gaps(all, &[top]), [PageRange::new(0, 9).unwrap()]);
-        assert_eq!(gaps(all, &[all]), []);
-        assert_eq!(gaps(all, &[]), [all]);
+        assert_eq!(free(false), [all]);
+        assert_eq!(free(true), []);
     }
 
     #[test]
@@ -102,12 +123,29 @@ mod tests {
     }
 
     #[test]
-    fn hull_holds_both() {
+    fn two_ranges() {
         for a in all_ranges() {
             for b in all_ranges() {
                 let hull = a.hull(b);
+                assert!(hull.contains(a) && hull.contains(b));
                 assert_eq!(hull.first(), a.first().min(b.first()));
                 assert_eq!(hull.last(), a.last().max(b.last()));
+                let common: Vec<_> = (0..PAGES)
+                    .filter(|page| {
+                        [a, b]
+                            .iter()
+                            .all(|range| (range.first()..=range.last()).contains(page))
+                    })
+                    .collect();
+                assert_eq!(
+                    a.intersection(b).map(|range| range.first()),
+                    common.first().copied()
+                );
+                assert_eq!(
+                    a.intersection(b).map(|range| range.last()),
+                    common.last().copied()
+                );
+                assert_eq!(a.contains(b), a.intersection(b) == Some(b));
             }
         }
     }
