@@ -345,6 +345,21 @@ pub fn ioctl_cloexec() -> Result<()> {
     Ok(())
 }
 
+/// `vm.memfd_noexec` knows nothing of these files, so none is ever executable.
+pub fn ioctl_file_is_not_executable() -> Result<()> {
+    let file = fs::File::from(ioctl_new(&device()?, 0, 0)?);
+    let mode = file.metadata()?.mode() & 0o7777;
+    ensure!(mode == 0o666, "mode {mode:o}");
+    // SAFETY: No memory involved.
+    let chmod = cvt(unsafe { libc::fchmod(file.as_raw_fd(), 0o777) });
+    expect_errno("fchmod to executable", chmod, libc::EPERM)?;
+    io::copy(&mut fs::File::open("/bin/busybox")?, &mut &file)?;
+    let argv = [c"true".as_ptr(), ptr::null()];
+    // SAFETY: Strings and arrays that end with null. Returns only if it failed.
+    let exec = cvt(unsafe { libc::fexecve(file.as_raw_fd(), argv.as_ptr(), argv[1..].as_ptr()) });
+    expect_errno("fexecve", exec, libc::EACCES)
+}
+
 pub fn out_of_descriptors() -> Result<()> {
     let dev = device()?;
     let refs = module_refs()?;

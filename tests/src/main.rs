@@ -79,6 +79,7 @@ const SIMPLE: &[Test] = tests! {
         ioctl_file_ends_at_its_size,
         ioctl_wrong_use,
         ioctl_cloexec,
+        ioctl_file_is_not_executable,
         out_of_descriptors,
         vmas_merge_as_with_memfd,
         reopened_file_keeps_the_rule,
@@ -103,6 +104,7 @@ const SIMPLE: &[Test] = tests! {
         mremap_grows_and_shrinks,
         mremap_over_a_mapping,
         mremap_makes_a_second_mapping,
+        mremap_moves_several_at_once,
         fork_child_unmaps,
         fork_parent_unmaps,
         covered_but_not_touched,
@@ -130,6 +132,10 @@ const SIMPLE: &[Test] = tests! {
         larger_than_dev_shm,
         one_open_never_sees_another,
         shared_by_dup_fork_and_scm_rights,
+        many_mappings_of_nothing_end_quickly,
+    }
+    race {
+        collapse,
     }
 };
 

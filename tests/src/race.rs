@@ -6,6 +6,9 @@
 //! long as it has them mapped its word must stay: this is what fails if a page is freed after
 //! somebody mapped and touched it. When all are gone, so must be every page.
 //!
+//! A page can be mapped past `fault` and `map_pages` as well, by MADV_COLLAPSE: that is a race of
+//! its own.
+//!
 //! Freeing many pages takes a while. So one process maps them all, brings them in and unmaps them,
 //! again and again; the others map a few, in the middle of that.
 
@@ -143,5 +146,54 @@ pub fn run(seed: u64, seconds: u64, processes: usize) -> Result<()> {
         }
         ensure!(left.freed > 0, "{door}: nothing was ever freed");
     }
+    Ok(())
+}
+
+const HUGE: usize = 512;
+
+/// One process unmaps many huge pages. Another maps the last of them meanwhile, has it mapped by
+/// MADV_COLLAPSE, which asks neither `fault` nor `map_pages`, and writes.
+pub fn collapse() -> Result<()> {
+    const MANY: usize = 50;
+    const ROUNDS: u64 = 12;
+    std::fs::write(
+        "/sys/kernel/mm/transparent_hugepage/shmem_enabled",
+        "always",
+    )?;
+    let place = Map::reserve((MANY + 1) * HUGE)?;
+    let place = place.part(place.addr.align_offset(HUGE * PAGE) / PAGE, MANY * HUGE);
+    let (mut collapsed, mut early) = (0, 0);
+
+    for round in 0..ROUNDS {
+        let dev = device()?;
+        let mut child = fork(|peer| {
+            let map = place.cover(&dev, 0)?;
+            (0..MANY).for_each(|page| map.write(page * HUGE, 7));
+            peer.meet()?;
+            map.unmap()
+        })?;
+        child.meet()?;
+        let wait = Instant::now() + Duration::from_micros(50 * round);
+        while Instant::now() < wait {}
+
+        let last = place
+            .part((MANY - 1) * HUGE, HUGE)
+            .cover(&dev, (MANY - 1) * HUGE)?;
+        if last.advise(libc::MADV_COLLAPSE).is_ok() {
+            collapsed += 1;
+        }
+        if info(&dev)?.freed == 0 {
+            early += 1;
+        }
+        last.write(1, 0x1234);
+        child.join()?;
+        ensure!(
+            last.read(1) == 0x1234,
+            "round {round}: a live page was lost"
+        );
+        last.unmap()?;
+        expect_resident(&dev, 0, "all unmapped")?;
+    }
+    println!("{collapsed} of {ROUNDS} collapsed, {early} while nothing was freed yet");
     Ok(())
 }

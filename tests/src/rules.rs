@@ -173,6 +173,51 @@ pub fn mremap_makes_a_second_mapping() -> Result<()> {
     expect_resident(&dev, 0, "second unmapped")
 }
 
+/// Mappings side by side that are several VMAs move with one call, as tmpfs's do.
+pub fn mremap_moves_several_at_once() -> Result<()> {
+    for fd in [device()?, memfd(64)?] {
+        let place = Map::reserve(16)?;
+        place.part(0, 8).cover(&fd, 0)?.fill(TAG);
+        place.part(8, 8).cover(&fd, 32)?.fill(TAG + 8);
+        let to = Map::reserve(16)?;
+        let moved = place.remap(16, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, to.addr)?;
+        moved.check(TAG)?;
+    }
+    Ok(())
+}
+
+/// Thousands of mappings that end, over thousands that stay, with no page ever touched: nothing to
+/// do, so it must not take the product of both.
+pub fn many_mappings_of_nothing_end_quickly() -> Result<()> {
+    const MANY: usize = 3000;
+    let time = |fd: &OwnedFd| -> Result<std::time::Duration> {
+        let place = Map::reserve(2 * MANY)?;
+        for page in 0..MANY {
+            place.part(2 * page, 1).cover(fd, 2 * page)?;
+        }
+        let mut child = fork(|peer| {
+            for _ in 0..MANY {
+                Map::shared(fd, 2 * MANY, 0)?;
+            }
+            peer.meet()?;
+            peer.meet()
+        })?;
+        child.meet()?;
+        let start = std::time::Instant::now();
+        child.kill()?;
+        place.unmap()?;
+        Ok(start.elapsed())
+    };
+    let (ours, peer) = (time(&device()?)?, time(&memfd(2 * MANY)?)?);
+    println!("{ours:?}, {peer:?} with a memfd");
+    // Seconds if it is quadratic; some hundredths as it is.
+    ensure!(
+        ours < 10 * peer + std::time::Duration::from_secs(1),
+        "{ours:?}, {peer:?} with a memfd"
+    );
+    Ok(())
+}
+
 pub fn fork_child_unmaps() -> Result<()> {
     let dev = device()?;
     let map = Map::shared(&dev, 16, 0)?;

@@ -12,9 +12,9 @@
 #include <linux/types.h>
 
 /*
- * Version of this header. It grows by one with every addition. Nothing is ever
- * taken away or given a new meaning, so a program needs no check at run time
- * other than the errors below.
+ * Version of this header. It grows by one with every addition; nothing is ever
+ * taken away or given a new meaning. It says what a program was compiled with.
+ * What the driver knows, the errors below tell.
  */
 #define DEVANON_UAPI_VERSION	1
 
@@ -36,10 +36,10 @@ struct devanon_new {
  *
  * The file is like one of memfd_create(2): readable and writable, of size 0,
  * for read(2), write(2), lseek(2), ftruncate(2), fallocate(2), fstat(2) and
- * mmap(2); sealing is refused. Unlike a memfd's, a page of it is freed, and its
- * data lost, when the last mapping that covers it goes away. Data that was only
- * ever written with write(2) stays until it is mapped and unmapped, or the file
- * goes away.
+ * mmap(2). It cannot be executed (PROT_EXEC mappings can) nor sealed. Unlike a
+ * memfd's, a page of it is freed, and its data lost, when the last mapping that
+ * covers it goes away. Data that was only ever written with write(2) stays
+ * until it is mapped and unmapped, or the file goes away.
  *
  * Any descriptor of /dev/anon will do. The new file shares nothing with it and
  * outlives it.
