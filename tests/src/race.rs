@@ -29,9 +29,9 @@ fn sweep(fd: &OwnedFd, worker: usize, until: Instant) -> Result<u64> {
         let map = Map::shared(fd, PAGES, 0)?;
         map.advise(libc::MADV_POPULATE_WRITE)?;
         write_and_verify(map, worker, rounds + 1, Duration::ZERO)?;
-        if rounds % 4 == 0 {
-            // Swapped out while others use them.
-            map.part(0, 64).advise(libc::MADV_PAGEOUT)?;
+        if rounds % 2 == 0 {
+            // Freed in swap, while others bring them in.
+            map.part(0, PAGES / 2).advise(libc::MADV_PAGEOUT)?;
         }
         map.unmap()?;
         rounds += 1;
