@@ -19,7 +19,7 @@ mod tests {
     }
 
     fn has(set: usize, page: usize) -> bool {
-        set >> page & 1 != 0
+        (set >> page) & 1 != 0
     }
 
     /// Every range, every set of pages that are there, every set of pages that are covered, and

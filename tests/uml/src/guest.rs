@@ -10,7 +10,6 @@ use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
 use std::process::Child;
 use std::process::Command;
-use std::process::ExitStatus;
 use std::process::Stdio;
 use std::sync::mpsc::Receiver;
 use std::sync::mpsc::RecvTimeoutError;
@@ -50,12 +49,16 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub fn start(name: &str, arguments: &[&str]) -> Result<Self> {
+    pub fn start(number: usize, arguments: &[&str]) -> Result<Self> {
+        let name = format!("g{number}");
+        // Its processes take turns. On one CPU they do so without an interrupt from one CPU to
+        // another each time, which takes long where the CPUs are emulated.
+        let cpu = number % thread::available_parallelism()?;
         let home = format!("/tmp/{name}");
         fs::create_dir_all(&home)?;
         chown(&home, Some(USER), Some(USER))?;
-        let mut run = Command::new(RUN)
-            .arg(UML)
+        let mut run = Command::new("taskset")
+            .args([&format!("{:x}", 1 << cpu), RUN, UML])
             .args([
                 &format!("mem={SIZE}M"),
                 &format!("initrd={FILES}/guest.cpio"),
@@ -83,7 +86,7 @@ impl Guest {
         // Until UML is found, devanon-run stands for it.
         let uml = Pid::from_child(&run);
         Ok(Self {
-            name: name.to_owned(),
+            name,
             run,
             uml,
             console,
@@ -113,11 +116,17 @@ impl Guest {
                 Err(RecvTimeoutError::Disconnected) => break "before its console closed",
             }
         };
+        self.show_tail();
+        bail!("{} did not say \"{word}\" {why}", self.name)
+    }
+
+    /// What the guest said last, for the one who has to find out.
+    fn show_tail(&mut self) {
+        self.tail.extend(self.console.try_iter());
         let from = self.tail.len().saturating_sub(30);
         for line in &self.tail[from..] {
             eprintln!("{}: {line}", self.name);
         }
-        bail!("{} did not say \"{word}\" {why}", self.name)
     }
 
     /// Waits for the guest's user space.
@@ -145,8 +154,8 @@ impl Guest {
         Ok(())
     }
 
-    pub fn say(&mut self, word: &str) -> Result<()> {
-        let stdin = self.run.stdin.as_mut().context("no console")?;
+    pub fn say(&self, word: &str) -> Result<()> {
+        let mut stdin = self.run.stdin.as_ref().context("no console")?;
         writeln!(stdin, "{word}").with_context(|| format!("{}: console", self.name))
     }
 
@@ -186,14 +195,20 @@ impl Guest {
         Ok(kill_process(Pid::from_child(&self.run), signal)?)
     }
 
-    pub fn wait(&mut self) -> Result<ExitStatus> {
+    /// Waits for the end of devanon-run, and checks its exit status.
+    pub fn wait(&mut self, wanted: i32) -> Result<()> {
         let end = Instant::now() + PATIENCE;
         while Instant::now() < end {
             if let Some(status) = self.run.try_wait()? {
-                return Ok(status);
+                if status.code() != Some(wanted) {
+                    self.show_tail();
+                    bail!("{}: {status}, wanted {wanted}", self.name);
+                }
+                return Ok(());
             }
             thread::sleep(Duration::from_millis(20));
         }
+        self.show_tail();
         bail!("{} did not end", self.name)
     }
 }

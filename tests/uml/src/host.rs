@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use anyhow::Result;
-use anyhow::bail;
+use anyhow::ensure;
 use rustix::fs::CWD;
 use rustix::fs::FileType;
 use rustix::fs::Mode;
@@ -26,41 +26,58 @@ use rustix::system::finit_module;
 const MODULE: &str = "/lib/devanon/devanon.ko";
 pub const DEVICE: &str = "/dev/anon";
 
-/// A snapshot of /proc/meminfo, in KiB.
+/// Shmem may differ by so much, in KiB, from the pages we know of: the VM's own few files.
+pub const SHMEM_TOLERANCE: i64 = 256;
+/// Free memory may differ by so much more, in KiB: page tables, and the kernel's own objects.
+pub const FREE_TOLERANCE: i64 = 2 << 10;
+
+/// The host's memory at one moment, in KiB.
 #[derive(Clone, Copy, Debug)]
 pub struct Memory {
-    pub available: i64,
     pub shmem: i64,
+    /// MemFree and the free pages in the lists of each CPU, which MemFree leaves out.
+    pub free: i64,
 }
 
 impl Memory {
     pub fn now() -> Result<Self> {
-        let text = fs::read_to_string("/proc/meminfo")?;
+        // Each CPU counts for itself at first; this adds the counts up.
+        fs::write("/proc/sys/vm/stat_refresh", "1").context("stat_refresh")?;
+        let mut free = 0;
+        for line in fs::read_to_string("/proc/zoneinfo")?.lines() {
+            let mut words = line.split_whitespace();
+            if let Some("nr_free_pages" | "count:") = words.next() {
+                free += words.next().context("zoneinfo")?.parse::<i64>()? * 4;
+            }
+        }
         Ok(Self {
-            available: field(&text, "MemAvailable")?,
-            shmem: field(&text, "Shmem")?,
+            shmem: field(&fs::read_to_string("/proc/meminfo")?, "Shmem")?,
+            free,
         })
     }
 
-    /// Waits until Shmem has fallen so far: a process that was killed goes away by and by.
-    pub fn after_fall_to(shmem: i64) -> Result<Self> {
-        Self::when(|now| now.shmem <= shmem)
+    /// The first snapshot with so much Shmem: a process that was killed goes away by and by.
+    pub fn with_shmem(wanted: i64) -> Result<Self> {
+        Self::with("Shmem", wanted, SHMEM_TOLERANCE, |now| now.shmem)
     }
 
-    /// Waits until so much is available: freed pages first pile up in lists of each CPU, which
-    /// the kernel counts as used, and empties by and by.
-    pub fn after_rise_to(available: i64) -> Result<Self> {
-        Self::when(|now| now.available >= available)
+    /// The first snapshot with so much free memory.
+    pub fn with_free(wanted: i64) -> Result<Self> {
+        Self::with("free memory", wanted, FREE_TOLERANCE, |now| now.free)
     }
 
-    /// The first snapshot that satisfies, or the one after ten seconds.
-    fn when(satisfies: impl Fn(&Self) -> bool) -> Result<Self> {
+    fn with(name: &str, wanted: i64, tolerance: i64, figure: fn(&Self) -> i64) -> Result<Self> {
         let end = Instant::now() + Duration::from_secs(10);
         loop {
             let now = Self::now()?;
-            if satisfies(&now) || Instant::now() > end {
+            let is = figure(&now);
+            if (is - wanted).abs() <= tolerance {
                 return Ok(now);
             }
+            ensure!(
+                Instant::now() < end,
+                "{name} is still {is} KiB, wanted {wanted}, give or take {tolerance}"
+            );
             thread::sleep(Duration::from_millis(50));
         }
     }
@@ -125,9 +142,11 @@ pub fn load_module() -> Result<()> {
 /// Unloads the module; nothing may hold it any more.
 pub fn unload_module() -> Result<()> {
     let users = fs::read_to_string("/sys/module/devanon/refcnt")?;
-    if users.trim() != "0" {
-        bail!("the module still has {} users", users.trim());
-    }
+    ensure!(
+        users.trim() == "0",
+        "the module still has {} users",
+        users.trim()
+    );
     delete_module(c"devanon", 0).context("unloading the module")?;
     Ok(())
 }

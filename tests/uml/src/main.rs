@@ -6,6 +6,7 @@
 mod demo;
 mod guest;
 mod host;
+mod over;
 mod tests;
 
 use std::process::ExitCode;

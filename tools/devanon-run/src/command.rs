@@ -32,7 +32,11 @@ pub fn find(word: &OsStr) -> Result<PathBuf, Failure> {
         vec![named.into()]
     } else {
         let list = env::var_os("PATH").unwrap_or_else(|| "/bin:/usr/bin".into());
-        env::split_paths(&list).map(|dir| dir.join(named)).collect()
+        // An empty entry is the current directory. Every candidate has a slash, so nobody looks
+        // for it in PATH again.
+        env::split_paths(&list)
+            .map(|dir| Path::new(".").join(dir).join(named))
+            .collect()
     };
     let files: Vec<_> = candidates
         .into_iter()

@@ -128,8 +128,8 @@ pub fn check() -> Result<(), Failure> {
     map_executable(file.as_fd()).map_err(|error| match error {
         Errno::PERM | Errno::ACCESS => Failure::new(
             122,
-            "memory of /dev/anon may not be executed here, and UML needs that: \
-             look for noexec on /dev, or a security policy",
+            "this process may not have memory that is both written to and executed, and UML needs \
+             that: look for MemoryDenyWriteExecute= or another security policy",
         ),
         error => Failure::new(125, format!("cannot map memory of /dev/anon: {error}")),
     })

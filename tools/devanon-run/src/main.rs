@@ -10,9 +10,11 @@ use std::ffi::OsString;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::path::PathBuf;
+use std::process::Child;
 use std::process::Command;
 use std::process::ExitCode;
 use std::process::ExitStatus;
@@ -48,7 +50,7 @@ use signal_hook::low_level::siginfo::Cause;
 
 const LIBRARY: &str = "libdevanon_preload.so";
 const REPORT_ENV: &str = "DEVANON_RUN_REPORT";
-/// UML asks for its memory file at once; after this long something is wrong.
+/// UML makes its memory file at once; after this long something is wrong.
 const PATIENCE: Timespec = Timespec {
     tv_sec: 10,
     tv_nsec: 0,
@@ -67,9 +69,9 @@ Exit status: the command's own, 128+N when signal N killed it, or
     2  wrong usage
   120  no usable /dev/anon
   121  no permission to open /dev/anon
-  122  memory of /dev/anon may not be executed
+  122  memory may not be both written to and executed
   123  the command cannot be preloaded: static, setuid, or for another machine
-  124  the command ended well, but never asked for its memory file
+  124  the command ended well, but without a memory file of /dev/anon
   125  another failure of devanon-run itself
   126  the command cannot be executed
   127  the command was not found
@@ -170,7 +172,7 @@ fn conclude(status: ExitStatus, used: bool, path: &Path) -> u8 {
         return code;
     }
     eprintln!(
-        "devanon-run: {} ended without asking for its memory file, so nothing was on /dev/anon",
+        "devanon-run: {} ended without a memory file of /dev/anon",
         path.display()
     );
     if code == 0 { 124 } else { code }
@@ -198,10 +200,11 @@ fn run(command: &[OsString]) -> Result<u8, Failure> {
         preload.push(":");
         preload.push(others);
     }
-    let mut signals =
+    let signals =
         SignalsInfo::<WithOrigin>::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2])?;
 
-    let mut child = Command::new(&command[0])
+    let mut child = Command::new(&path)
+        .arg0(&command[0])
         .args(&command[1..])
         .env("LD_PRELOAD", preload)
         .env(REPORT_ENV, format!("{}:{inode}", far.as_raw_fd()))
@@ -209,26 +212,42 @@ fn run(command: &[OsString]) -> Result<u8, Failure> {
         .map_err(|error| Failure::new(126, format!("cannot run {}: {error}", path.display())))?;
     drop(far);
 
-    let pid = Pid::from_child(&child);
+    let result = supervise(&mut child, signals, &report, &path);
+    if result.is_err() {
+        // Nobody would be left to look after it.
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    result
+}
+
+/// Looks after the command to its end.
+fn supervise(
+    child: &mut Child,
+    mut signals: SignalsInfo<WithOrigin>,
+    report: &OwnedFd,
+    path: &Path,
+) -> Result<u8, Failure> {
+    let pid = Pid::from_child(child);
     let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
     let target = pidfd.try_clone()?;
-    thread::spawn(move || forward_signals(&mut signals, &target, pid));
+    thread::Builder::new().spawn(move || forward_signals(&mut signals, &target, pid))?;
 
-    if !readable(&[&report, &pidfd], PATIENCE) {
+    if !readable(&[report, &pidfd], PATIENCE) {
         eprintln!(
-            "devanon-run: {} has not asked for its memory file yet: its memory is not on /dev/anon",
+            "devanon-run: {} has no memory file of /dev/anon yet",
             path.display()
         );
     }
     let status = child.wait()?;
     let used = readable(
-        &[&report],
+        &[report],
         Timespec {
             tv_sec: 0,
             tv_nsec: 0,
         },
     );
-    Ok(conclude(status, used, &path))
+    Ok(conclude(status, used, path))
 }
 
 fn main() -> ExitCode {

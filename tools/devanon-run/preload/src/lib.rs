@@ -30,7 +30,7 @@ const DEVANON_IOC_NEW: c_ulong = 0x4008_da01;
 const DEVANON_CLOEXEC: u32 = 1;
 const DEVICE: &CStr = c"/dev/anon";
 
-/// Where to say that an open was answered: `<descriptor>:<inode>` of a socket. The inode is
+/// Where to say that UML has its memory file: `<descriptor>:<inode>` of a socket. The inode is
 /// there because the descriptor may be closed, and its number taken by another file.
 const REPORT_ENV: &CStr = c"DEVANON_RUN_REPORT";
 
@@ -110,7 +110,7 @@ fn keep_image(file: c_int) -> Result<(), Error> {
     Ok(())
 }
 
-/// Tells `devanon-run`, if it is there, that the library was used.
+/// Tells `devanon-run`, if it is there, that UML has its memory file.
 fn report() {
     // SAFETY: `getenv` gives null or a C string that stays while nobody changes the
     // environment; `stat` is written before it is read; one byte is sent.
@@ -148,7 +148,6 @@ fn memory_file(flags: c_int) -> c_int {
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: as above.
     let before = unsafe { *errno };
-    report();
     let result = new_file(flags & libc::O_CLOEXEC != 0).and_then(|file| {
         keep_image(file).map(|()| file).inspect_err(|_| {
             // SAFETY: the descriptor is ours.
@@ -156,7 +155,10 @@ fn memory_file(flags: c_int) -> c_int {
         })
     });
     let (file, after) = match result {
-        Ok(file) => (file, before),
+        Ok(file) => {
+            report();
+            (file, before)
+        }
         Err(error) => {
             let text = format!("devanon: no memory file from /dev/anon: {error}\n");
             // A closed stderr is no reason to fail in another way.
