@@ -11,7 +11,7 @@ KBUILD = $(MAKE) -C $(KDIR) M=$(CURDIR) $(if $(MO),MO=$(MO))
 help:
 	@echo 'In a build environment of its own, made under build/ at first use (as root):'
 	@echo '  make run             UML guests on /dev/anon in a VM: a table of the host memory they cost'
-	@echo '  make test            every test, on stock Debian kernels 7.3.x and 7.2.x'
+	@echo '  make test            every test, on each of the stock Debian kernels'
 	@echo '  make shell           a shell in a VM with the module loaded'
 	@echo '  make lint            rustfmt, clippy, shellcheck, checkpatch, sparse'
 	@echo '  make rust-analyzer   rust-project.json, for editors'
@@ -20,8 +20,11 @@ help:
 	@echo '  make modules [KDIR=DIR]          build devanon.ko; Debian needs scripts/rust-metadata first'
 	@echo '  make modules_install [KDIR=DIR]  install it'
 	@echo '  make clean [KDIR=DIR]            remove what they made'
+	@echo 'Whatever goes wrong, make itself ends with 2; the scripts of these names in scripts/ tell more.'
 
 modules:
+	@test -e $(KDIR)/rust/libkernel.rmeta || { echo >&2 "$(KDIR) has no Rust metadata:" \
+		"run scripts/rust-metadata, then make modules KDIR=/usr/src/linux-rust-$$(uname -r)"; exit 1; }
 	$(KBUILD) devanon.o
 	scripts/check-symbols $(or $(MO),$(CURDIR))/devanon.o $(KDIR)/Module.symvers
 	$(KBUILD) modules

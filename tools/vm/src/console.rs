@@ -5,8 +5,12 @@
 //! Everything on the console counts, not only what the kernel itself printed: a test that writes
 //! one of these words to its standard error is in trouble, too.
 
+/// What comes before a report.
+pub const CUT: &str = "[ cut here ]";
+
 /// Each sign: pieces that one line must hold, in any order.
-const SIGNS: [&[&str]; 26] = [
+const SIGNS: [&[&str]; 28] = [
+    &[CUT],
     &["BUG:"],
     &["kernel BUG at"],
     &["WARNING:"],
@@ -23,6 +27,7 @@ const SIGNS: [&[&str]; 26] = [
     &["inconsistent lock state"],
     &["suspicious RCU usage"],
     &["rcu", "detected", "stall"],
+    &["kthread starved"],
     &["INFO: task"],
     &["soft lockup"],
     &["hard LOCKUP"],
@@ -40,10 +45,15 @@ fn holds(line: &str, pieces: &[&str]) -> bool {
 }
 
 /// Is this line a sign of kernel trouble?
-pub fn is_trouble(line: &str) -> bool {
+fn is_trouble(line: &str) -> bool {
     // "traps: NAME[PID] general protection fault" is a program of user space that ended by its
     // own fault.
     SIGNS.iter().any(|sign| holds(line, sign)) && !line.contains("traps: ")
+}
+
+/// The lines that are signs of kernel trouble.
+pub fn troubles(lines: &[&str]) -> Vec<usize> {
+    (0..lines.len()).filter(|&n| is_trouble(lines[n])).collect()
 }
 
 /// The lines of a console log, without the carriage returns of a serial line.
@@ -76,6 +86,7 @@ mod tests {
 
     /// One real line for each sign, in the order of [`SIGNS`].
     const SEEN: [&str; SIGNS.len()] = [
+        "[    1.0] ------------[ cut here ]------------",
         "[    1.0] BUG: kernel NULL pointer dereference, address: 0000000000000000",
         "[    1.0] kernel BUG at mm/filemap.c:153!",
         "[    1.0] WARNING: CPU: 0 PID: 77 at mm/shmem.c:1301 shmem_evict_inode+0x2a/0x2c0",
@@ -92,6 +103,7 @@ mod tests {
         "[    1.0] WARNING: inconsistent lock state",
         "[    1.0] WARNING: suspicious RCU usage",
         "[    1.0] rcu: INFO: rcu_preempt self-detected stall on CPU",
+        "[    1.0] rcu: rcu_preempt kthread starved for 5250 jiffies! g1 f0x0 RCU_GP_WAIT_FQS(5)",
         "[    1.0] INFO: task devanon-tests:77 blocked for more than 120 seconds.",
         "[    1.0] watchdog: BUG: soft lockup - CPU#0 stuck for 26s! [devanon-tests:77]",
         "[    1.0] NMI watchdog: Watchdog detected hard LOCKUP on cpu 0",

@@ -3,14 +3,16 @@
 //! The kernel to boot: build/kernels/LINE.
 
 use std::fs;
+use std::fs::File;
+use std::io::Write;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::Command;
+use std::process::Stdio;
 
 use anyhow::Context;
 use anyhow::Result;
-
-use crate::initramfs::bytes;
+use anyhow::ensure;
 
 /// One kernel line.
 pub struct Kernel {
@@ -34,8 +36,8 @@ impl Kernel {
     ///
     /// QEMU starts it by its PVH entry, which spares an emulated machine more than two seconds of
     /// unpacking. It is the same kernel, but for KASLR, which is the unpacker's work. What is not
-    /// packed with zstd boots as it is.
-    pub fn image(&self) -> Result<PathBuf> {
+    /// packed with zstd boots as it is. `scratch` is a directory of this run's own.
+    pub fn image(&self, scratch: &Path) -> Result<PathBuf> {
         let packed = self.directory.join("vmlinuz");
         let image = Path::new("build/vm").join(format!("vmlinux-{}", self.release));
         let modified = |path: &Path| fs::metadata(path).and_then(|meta| meta.modified());
@@ -48,13 +50,27 @@ impl Kernel {
             return Ok(packed);
         };
         // Another run may be doing the same.
-        let new = PathBuf::from(format!("{}.{}", image.display(), std::process::id()));
-        let packed = PathBuf::from(format!("{}.zst", new.display()));
-        fs::write(&packed, payload)?;
-        bytes(Command::new("zstd").args(["-dq", "--rm"]).arg(&packed))?;
-        fs::rename(new, &image)?;
+        let new = scratch.join("vmlinux");
+        let made = unpack(payload, &new).and_then(|()| Ok(fs::rename(&new, &image)?));
+        if made.is_err() {
+            let _ = fs::remove_file(&new);
+        }
+        made.context("cannot unpack the kernel")?;
         Ok(image)
     }
+}
+
+fn unpack(payload: &[u8], to: &Path) -> Result<()> {
+    let mut zstd = Command::new("zstd")
+        .args(["-d", "-q", "-c"])
+        .stdin(Stdio::piped())
+        .stdout(File::create(to)?)
+        .spawn()
+        .context("cannot run zstd")?;
+    let written = zstd.stdin.take().expect("piped").write_all(payload);
+    let status = zstd.wait()?;
+    ensure!(status.success(), "zstd: {status}");
+    Ok(written?)
 }
 
 /// The zstd stream in a bzImage: see payload_offset and payload_length in the kernel's

@@ -10,7 +10,8 @@
 //!    module, is kernel trouble (exit 3), whatever the command said and however the VM ended. So
 //!    is a VM that went down in the middle without a word.
 //! 2. The time limit, or no PID 1 within a minute, is a timeout (4).
-//! 3. A VM that ended before PID 1 spoke, or a QEMU that failed, is an infrastructure error (5).
+//! 3. A VM that ended before PID 1 spoke, a QEMU that failed, or a verdict that is in doubt, is an
+//!    infrastructure error (5).
 //! 4. A status other than 0, a failed test, and KTAP that does not add up are failures (1).
 //!
 //! See [`Cli`] for the rest.
@@ -34,17 +35,14 @@ use std::time::Instant;
 
 use anyhow::Context;
 use anyhow::Result;
-use anyhow::bail;
 use anyhow::ensure;
 use clap::Parser;
-use clap::ValueEnum;
 use rustix::fs::FlockOperation;
 use rustix::fs::flock;
 
 use crate::initramfs::Archive;
 use crate::kernel::Kernel;
 use crate::ktap::Ktap;
-use crate::qemu::Accel;
 use crate::qemu::Machine;
 use crate::qemu::TimedOut;
 
@@ -56,6 +54,9 @@ const UML: &str = "build/uml/rootfs-extra";
 /// How long a VM may take to reach PID 1, and a trial of KVM altogether.
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
 const KVM_LIMIT: Duration = Duration::from_secs(15);
+/// How often the console is looked at, and how much longer a VM lives after a sign of trouble.
+const LOOK: Duration = Duration::from_secs(1);
+const GRACE: Duration = Duration::from_secs(5);
 
 /// Boots a kernel in QEMU, runs COMMAND in it, and judges how that went.
 ///
@@ -74,7 +75,8 @@ Exit status:
   3  kernel trouble: panic, oops, warning, lockdep, hung task, RCU stall …, new taint other than
      O and E, or the VM went down in the middle; whatever the tests say
   4  timeout: --time-limit, or PID 1 not reached within a minute
-  5  infrastructure error: QEMU failed, something to boot is missing, or the VM ended before PID 1
+  5  infrastructure error: QEMU failed, something to boot is missing, the VM ended before PID 1,
+     or COMMAND wrote a verdict of its own
 
 In the VM: busybox in /bin, devanon-tests in /bin, devanon.ko in /lib/devanon (not loaded), zram in
 /lib/modules, /tmp and /dev/shm of 8 MiB each, users root and user (1000). With --shell the module
@@ -82,16 +84,12 @@ is loaded; leave the shell to power off, Ctrl-A X ends QEMU."
 )]
 struct Cli {
     /// Kernel line, a directory of build/kernels
-    #[arg(long, default_value = "7.3")]
+    #[arg(long)]
     line: String,
 
     /// Name of the run, a directory of build/vm
     #[arg(long, default_value = "run", value_parser = name)]
     name: String,
-
-    /// How to run the guest; auto is kvm if that truly works
-    #[arg(long, value_enum, default_value = "auto")]
-    accel: AccelChoice,
 
     /// Kills the VM after this many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
@@ -132,13 +130,6 @@ struct Cli {
     /// What to run in the VM
     #[arg(last = true, required_unless_present = "shell")]
     command: Vec<OsString>,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum AccelChoice {
-    Auto,
-    Kvm,
-    Tcg,
 }
 
 fn name(text: &str) -> Result<String> {
@@ -267,21 +258,14 @@ fn run(cli: &Cli) -> Result<(Verdict, Option<Ktap>)> {
 
     let kernel = Kernel::of_line(&cli.line)?;
     let mut machine = Machine {
-        image: kernel.image()?,
-        accel: Accel::Kvm,
+        image: kernel.image(&directory)?,
+        kvm: false,
         memory: cli.memory,
         cpus: cli.cpus,
         append: cli.append.clone(),
         directory,
     };
-    machine.accel = match cli.accel {
-        AccelChoice::Kvm => Accel::Kvm,
-        AccelChoice::Tcg => Accel::Tcg,
-        AccelChoice::Auto => {
-            let works = qemu::kvm_works(Path::new("build/vm/kvm"), || try_kvm(&machine))?;
-            if works { Accel::Kvm } else { Accel::Tcg }
-        }
-    };
+    machine.kvm = qemu::kvm_works(Path::new("build/vm/kvm"), || try_kvm(&machine))?;
     build_initramfs(cli, &kernel, &machine.initramfs())?;
     eprintln!(
         "devanon-vm: {}: {} on {} processors, {} MiB, {}",
@@ -289,9 +273,9 @@ fn run(cli: &Cli) -> Result<(Verdict, Option<Ktap>)> {
         kernel.release,
         cli.cpus,
         cli.memory,
-        match machine.accel {
-            Accel::Kvm => "KVM",
-            Accel::Tcg => "TCG (emulation)",
+        match machine.kvm {
+            true => "KVM",
+            false => "TCG (emulation)",
         }
     );
 
@@ -337,7 +321,7 @@ fn try_kvm(machine: &Machine) -> Result<bool> {
     fs::create_dir_all(&directory)?;
     let trial = Machine {
         image: machine.image.clone(),
-        accel: Accel::Kvm,
+        kvm: true,
         memory: 512,
         cpus: machine.cpus,
         append: String::new(),
@@ -375,15 +359,28 @@ fn listen<S: AsRef<std::ffi::OsStr>>(
     let mut heard = Heard::default();
     let mut vm = machine.start(words)?;
     let mut blank = false;
+    let mut look = vm.start + LOOK;
+    let mut grace = None;
     loop {
+        let now = Instant::now();
+        if now >= look {
+            look = now + LOOK;
+            if grace.is_none()
+                && !console::troubles(&console::lines(&machine.console_text())).is_empty()
+            {
+                grace = Some(now + GRACE);
+            }
+        }
         let limit = if heard.started {
             limit
         } else {
             limit.min(BOOT_LIMIT)
         };
-        let line = match vm.line(vm.start + limit) {
+        let deadline = grace.unwrap_or(vm.start + limit).min(vm.start + limit);
+        let line = match vm.line(deadline.min(look)) {
             Ok(Some(line)) => line,
             Ok(None) => return Ok((heard, vm.finish()?)),
+            Err(TimedOut) if Instant::now() < deadline => continue,
             Err(TimedOut) => {
                 heard.timed_out = true;
                 return Ok((heard, None));
@@ -397,11 +394,13 @@ fn listen<S: AsRef<std::ffi::OsStr>>(
                 let seconds = vm.start.elapsed().as_secs_f64();
                 eprintln!("devanon-vm: PID 1 after {seconds:.1} s");
             }
-            heard.word(word)?;
+            heard.word(word);
             if heard.taint.is_some() || heard.error.is_some() {
                 vm.acknowledge();
             }
             blank = false;
+        } else if heard.status.is_some() {
+            heard.out_of_place(text);
         } else if aloud {
             heard.ktap.line(text);
             let mut out = std::io::stdout();
@@ -417,34 +416,53 @@ fn listen<S: AsRef<std::ffi::OsStr>>(
 }
 
 impl Heard {
-    /// Takes one line of PID 1's own, see devanon-init.
-    fn word(&mut self, text: &str) -> Result<()> {
+    /// Takes one line of PID 1's own, see devanon-init. The command can write such lines, too: one
+    /// that is not due is an error, and so is anything after the verdict.
+    fn word(&mut self, text: &str) {
         let words: Vec<&str> = text.split(' ').collect();
-        let hex = |word| u64::from_str_radix(word, 16);
-        match words.as_slice() {
-            ["started"] => self.started = true,
-            ["status", status] => self.status = Some(status.parse()?),
-            ["taint", before, after] => self.taint = Some((hex(before)?, hex(after)?)),
-            ["error", ..] => self.error = Some(text["error ".len()..].to_owned()),
-            _ => bail!("PID 1 said what nobody understands: {text}"),
+        let hex = |word| u64::from_str_radix(word, 16).ok();
+        let due = match (words.as_slice(), self.started, self.status, self.taint) {
+            (["started"], false, ..) => {
+                self.started = true;
+                true
+            }
+            (["status", status], true, None, None) => {
+                self.status = status.parse().ok();
+                self.status.is_some()
+            }
+            (["taint", before, after], true, Some(_), None) => {
+                self.taint = hex(before).zip(hex(after));
+                self.taint.is_some()
+            }
+            (["error", ..], true, None, None) => {
+                self.error = Some(text["error ".len()..].to_owned());
+                true
+            }
+            _ => false,
+        };
+        if !due {
+            self.out_of_place(text);
         }
-        Ok(())
+    }
+
+    fn out_of_place(&mut self, text: &str) {
+        self.error
+            .get_or_insert_with(|| format!("its verdict is in doubt, by this line: {text}"));
     }
 }
 
 /// The rules: see the top of this file.
 fn judge(cli: &Cli, machine: &Machine, heard: &Heard, qemu: Option<ExitStatus>) -> Result<Verdict> {
     const TAIL: usize = 30;
-    let log = fs::read(machine.console()).unwrap_or_default();
-    let log = String::from_utf8_lossy(&log);
+    let log = machine.console_text();
     let lines = console::lines(&log);
     let tail = || console::tail(&lines, TAIL).iter().copied();
 
-    let trouble: Vec<usize> = (0..lines.len())
-        .filter(|&n| console::is_trouble(lines[n]))
-        .collect();
+    let trouble = console::troubles(&lines);
     if let Some(&first) = trouble.first() {
-        let reason = format!("line {} of the console: {}", first + 1, lines[first].trim());
+        let says = |&&n: &&usize| !lines[n].contains(console::CUT);
+        let main = *trouble.iter().find(says).unwrap_or(&first);
+        let reason = format!("line {} of the console: {}", main + 1, lines[main].trim());
         let verdict = Verdict::new(Outcome::Trouble, reason);
         // The report that goes with the first sign, then only the other signs' own lines.
         let end = lines.len().min(first + TAIL);

@@ -29,13 +29,6 @@ use anyhow::ensure;
 use rustix::io::FdFlags;
 use rustix::io::fcntl_setfd;
 
-/// How QEMU runs the guest's instructions.
-#[derive(Clone, Copy, PartialEq)]
-pub enum Accel {
-    Kvm,
-    Tcg,
-}
-
 /// The machine, without what nothing here uses: each device costs boot time.
 const MACHINE: &str = "q35,i8042=off,hpet=off,smm=off,usb=off,sata=off";
 
@@ -57,7 +50,8 @@ const EXIT_LIMIT: Duration = Duration::from_secs(5);
 /// A VM to be.
 pub struct Machine {
     pub image: PathBuf,
-    pub accel: Accel,
+    /// With KVM, or else emulated.
+    pub kvm: bool,
     pub memory: u32,
     pub cpus: u32,
     /// Further kernel parameters.
@@ -73,6 +67,11 @@ impl Machine {
 
     pub fn console(&self) -> PathBuf {
         self.directory.join("console.log")
+    }
+
+    pub fn console_text(&self) -> String {
+        let text = fs::read(self.console()).unwrap_or_default();
+        String::from_utf8_lossy(&text).into_owned()
     }
 
     pub fn qemu_log(&self) -> PathBuf {
@@ -96,9 +95,9 @@ impl Machine {
         qemu.args(["--pdeathsig", death, "qemu-system-x86_64"])
             .args(["-nodefaults", "-no-user-config", "-no-reboot"])
             .args(["-display", "none", "-machine", MACHINE])
-            .args(match self.accel {
-                Accel::Kvm => ["-accel", "kvm", "-cpu", "host"],
-                Accel::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max"],
+            .args(match self.kvm {
+                true => ["-accel", "kvm", "-cpu", "host"],
+                false => ["-accel", "tcg,thread=multi", "-cpu", "max"],
             })
             .args(["-smp", &self.cpus.to_string()])
             .args(["-m", &format!("{}M", self.memory)])
@@ -250,12 +249,17 @@ pub fn kvm_works(memo: &Path, try_it: impl FnOnce() -> Result<bool>) -> Result<b
     }
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
     let answer = |works: bool| format!("{} {works}\n", boot.trim());
-    for works in [true, false] {
-        if fs::read_to_string(memo).is_ok_and(|text| text == answer(works)) {
-            return Ok(works);
+    let known = fs::read_to_string(memo).unwrap_or_default();
+    let works = match [true, false].into_iter().find(|&w| known == answer(w)) {
+        Some(works) => works,
+        None => {
+            let works = try_it()?;
+            fs::write(memo, answer(works))?;
+            works
         }
+    };
+    if !works {
+        eprintln!("devanon-vm: KVM was tried here and does not work: the kernel did not boot");
     }
-    let works = try_it()?;
-    fs::write(memo, answer(works))?;
     Ok(works)
 }

@@ -2,9 +2,8 @@
 
 //! The harness, tested: every outcome is planted once, in a VM that has only busybox.
 //!
-//! These boot VMs, so plain `cargo test` leaves them out. `cargo test -p devanon-vm --
-//! --include-ignored` runs them, inside the build root, with a kernel in build/kernels/7.3 and
-//! devanon-init built.
+//! These boot VMs, so plain `cargo test` leaves them out. `make test` runs them, by `cargo test -p
+//! devanon-vm -- --include-ignored` with DEVANON_LINE naming the kernel line.
 
 use std::fs;
 use std::path::PathBuf;
@@ -24,12 +23,19 @@ fn top() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
 
+fn line() -> String {
+    std::env::var("DEVANON_LINE").expect("DEVANON_LINE names a directory of build/kernels")
+}
+
 /// A runner with a small VM that keeps to one processor of this machine, unless `options` say how
 /// many.
 fn runner(name: &str, options: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_devanon-vm"));
     if !options.contains(&"--cpus") {
         command.args(["--cpus", "1"]);
+    }
+    if !options.contains(&"--line") {
+        command.args(["--line", &line()]);
     }
     command
         .current_dir(top())
@@ -56,6 +62,12 @@ fn vm_words(name: &str, options: &[&str], words: &[&str]) -> Run {
         stdout: String::from_utf8_lossy(&out.stdout).into_owned(),
         stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
     }
+}
+
+/// With the module that makes real trouble: tests/plant, as scripts/prepare builds it.
+fn vm_with_plant(name: &str, script: &str) -> Run {
+    let file = format!("build/kernels/{}/plant/plant.ko=/plant.ko", line());
+    vm(name, &["--file", &file], script)
 }
 
 impl Run {
@@ -132,13 +144,20 @@ fn panic() {
 #[test]
 #[ignore = "boots a VM"]
 fn warning() {
-    // The kernel's own warning, for an option nobody should use any more.
-    let run = vm(
-        "warning",
-        &[],
-        &format!("mount -o remount,mand /tmp; {KTAP}"),
-    );
-    run.ended(3, "WARNING: The mand mount option");
+    let run = vm_with_plant("warning", &format!("insmod /plant.ko warn=1; {KTAP}"));
+    run.ended(3, "] WARNING: ");
+    assert!(run.stderr.contains("[ cut here ]"), "{}", run.stderr);
+    assert!(run.stderr.contains("planted"), "{}", run.stderr);
+}
+
+#[test]
+#[ignore = "boots a VM"]
+fn hung_task() {
+    let script = "echo 1 > /proc/sys/kernel/hung_task_timeout_secs; insmod /plant.ko hang=1";
+    let start = Instant::now();
+    vm_with_plant("hung-task", &format!("{KTAP}; {script}")).ended(3, "INFO: task insmod:");
+    // It is not waited for to its end.
+    assert!(start.elapsed() < Duration::from_secs(50));
 }
 
 #[test]
@@ -151,6 +170,13 @@ fn taint() {
     );
     // 12800 is O, E and W; the first two are every out-of-tree module's.
     run.ended(3, "newly tainted: W");
+}
+
+#[test]
+#[ignore = "boots a VM"]
+fn forged_verdict() {
+    let forged = "echo devanon-init: status 0; echo devanon-init: taint 0 0";
+    vm("forged", &[], &format!("{KTAP}; {forged}; exit 1")).ended(5, "verdict is in doubt");
 }
 
 #[test]
@@ -246,9 +272,10 @@ fn a_killed_runner_leaves_nothing() {
 
 #[test]
 fn wrong_usage() {
-    let out = runner("usage", &[]).output().expect("devanon-vm runs");
+    let line = ["--line", "0.0"];
+    let out = runner("usage", &line).output().expect("devanon-vm runs");
     assert_eq!(out.status.code(), Some(2));
-    let out = runner("../x", &["--", "true"])
+    let out = runner("../x", &[&line[..], &["--", "true"]].concat())
         .output()
         .expect("devanon-vm runs");
     assert_eq!(out.status.code(), Some(2));
