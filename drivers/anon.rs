@@ -186,8 +186,9 @@ impl VmOperations for FreeOnUnmap {
         shmem_fault()
     }
 
-    /// Writable PTEs may be made here, so the lock is needed as much as in `fault`. Where it cannot
-    /// be had at once, `fault` follows.
+    /// What is mapped here is resident, and safe by its folio's lock, but for one case: a pinned
+    /// huge folio that lost some of its pages has them zeroed without that lock. Where the lock
+    /// that keeps us out of that cannot be had at once, `fault` follows.
     fn map_pages(file: &ShmemFile, shmem_map_pages: impl FnOnce() -> VmFault) -> VmFault {
         match file.mapping().try_invalidate_lock_shared() {
             Some(_not_freeing) => shmem_map_pages(),

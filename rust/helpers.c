@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Inline functions and macros of the kernel, made callable from Rust.
+ * Inline functions and macros of the kernel, made callable from Rust; and the
+ * removal of folios, which is made of little else.
  */
 #include <linux/fcntl.h>
 #include <linux/folio_batch.h>

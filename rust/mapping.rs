@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The page cache of a shmem file: its locks, its VMAs, its truncation.
+//! The page cache of a shmem file: its locks, its VMAs, the removal of its pages.
 //!
 //! Lock order: `mmap_lock` -> `invalidate_lock` -> folio lock -> `i_mmap_rwsem`.
 //!
 //! shmem itself leaves `invalidate_lock` alone. Here it stands between freeing pages (for writing)
-//! and touching them (shared). It is never taken inside `i_rwsem`'s critical section by this
+//! and bringing them in by faults (shared). It is never taken inside `i_rwsem`'s critical section by this
 //! driver, but a `write(2)` whose buffer is a mapping of the same file faults under `i_rwsem`, so
 //! `i_rwsem` must not be taken under `invalidate_lock`: no `vfs_fallocate()` from here.
 //!
