@@ -84,18 +84,16 @@ pub(crate) fn to_free(
 ) -> impl Iterator<Item = PageRange> {
     let mut rest = Some(range);
 
-    core::iter::from_fn(move || {
-        loop {
-            let todo = rest?;
-            let part = PageRange::new(next_page(todo)?, todo.last)?;
-            let Run { covered, last } = run(part);
+    core::iter::from_fn(move || loop {
+        let todo = rest?;
+        let part = PageRange::new(next_page(todo)?, todo.last)?;
+        let Run { covered, last } = run(part);
 
-            rest = last
-                .checked_add(1)
-                .and_then(|next| PageRange::new(next, todo.last));
-            if !covered {
-                return PageRange::new(part.first, last);
-            }
+        rest = last
+            .checked_add(1)
+            .and_then(|next| PageRange::new(next, todo.last));
+        if !covered {
+            return PageRange::new(part.first, last);
         }
     })
 }

@@ -4,6 +4,7 @@
 
 #[cfg(test)]
 #[path = "../../../drivers/range.rs"]
+#[rustfmt::skip] // It is formatted as the kernel is.
 mod range;
 
 #[cfg(test)]
