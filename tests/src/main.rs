@@ -7,7 +7,11 @@
 //! the kernel is tainted with is compared around each.
 
 mod doors;
+mod faults;
+mod hostile;
+mod limits;
 mod model;
+mod pressure;
 mod race;
 mod rules;
 mod sys;
@@ -18,6 +22,7 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
@@ -25,15 +30,18 @@ use std::{env, fs, thread};
 /// Tests of /dev/anon: KTAP on stdout.
 ///
 /// Needs root, and a machine that nobody minds: module and swap are set up by this program.
-/// Exit status: 0 all passed, 1 some failed, 2 wrong use.
+/// Exit status: 0 all passed (or skipped), 1 some failed, 2 wrong use.
 #[derive(Parser)]
 #[command(name = "devanon-tests", version)]
 struct Args {
-    /// Run these only; all by default
+    /// Run these only, by name or by group (what is before the `::`); all by default
     tests: Vec<String>,
     /// Print the names of the tests and exit
     #[arg(long)]
     list: bool,
+    /// The kernel has patches/host: the device's mappings merge, and a node opened too early works
+    #[arg(long)]
+    patched: bool,
     /// Operations of the model test
     #[arg(long, default_value_t = 20_000)]
     operations: u64,
@@ -54,14 +62,21 @@ struct Args {
 /// A name and what to run, with the arguments and a seed.
 type Test = (&'static str, fn(&Args, u64) -> Result<()>);
 
-/// Names each test after its function.
+/// Names each test after its function. In parentheses, what of the arguments and the seed it wants.
 macro_rules! tests {
-    ($($module:ident { $($name:ident,)* })*) => {
-        &[$($((concat!(stringify!($module), "::", stringify!($name)), |_, _| $module::$name()),)*)*]
+    ($($module:ident { $($name:ident $(($args:ident, $seed:ident: $($with:expr),*))?,)* })*) => {
+        &[$($((
+            concat!(stringify!($module), "::", stringify!($name)),
+            tests!(@run $module $name $(($args, $seed: $($with),*))?),
+        ),)*)*]
+    };
+    (@run $module:ident $name:ident) => { |_, _| $module::$name() };
+    (@run $module:ident $name:ident ($args:ident, $seed:ident: $($with:expr),*)) => {
+        |$args, $seed| $module::$name($($with),*)
     };
 }
 
-const SIMPLE: &[Test] = tests! {
+const TESTS: &[Test] = tests! {
     doors {
         node_from_devtmpfs,
         node_by_hand,
@@ -81,7 +96,7 @@ const SIMPLE: &[Test] = tests! {
         ioctl_cloexec,
         ioctl_file_is_not_executable,
         out_of_descriptors,
-        vmas_merge_as_with_memfd,
+        vmas_merge_as_with_memfd(args, _seed: args.patched),
         reopened_file_keeps_the_rule,
         mapping_opened_through_map_files,
         unprivileged_user,
@@ -90,7 +105,7 @@ const SIMPLE: &[Test] = tests! {
         second_load_is_refused,
         unload_is_refused_while_in_use,
         o_path_outlives_the_module,
-        node_opened_too_early,
+        node_opened_too_early(args, _seed: args.patched),
     }
     rules {
         munmap_whole,
@@ -136,21 +151,24 @@ const SIMPLE: &[Test] = tests! {
     }
     race {
         collapse,
+        map_touch_unmap(args, seed: seed, args.race),
+    }
+    model {
+        random_operations(args, seed: seed, args.operations),
+    }
+    // Whatever the kernel can do to those who want memory.
+    faults {
+    }
+    // And what it does when there is little.
+    pressure {
+    }
+    // And when there is much of it.
+    limits {
+    }
+    // And to those who mean harm.
+    hostile {
     }
 };
-
-const LONG: &[Test] = &[
-    ("model::random_operations", |args, seed| {
-        model::run(seed, args.operations)
-    }),
-    ("race::map_touch_unmap", |args, seed| {
-        race::run(seed, args.race, 3)
-    }),
-];
-
-fn all() -> impl Iterator<Item = &'static Test> {
-    SIMPLE.iter().chain(LONG)
-}
 
 /// Flags of `/proc/sys/kernel/tainted` that loading this module sets: out of tree, unsigned.
 const MODULE_TAINT: u64 = (1 << 12) | (1 << 13);
@@ -173,16 +191,15 @@ fn busybox(args: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// The module, and swap on compressed memory.
+/// The module, and swap on compressed memory. Either may be built into the kernel.
 fn set_up() -> Result<()> {
-    match sys::load(doors::MODULE, "") {
-        Err(err) if err.raw_os_error() != Some(libc::EEXIST) => {
-            return Err(err).context(doors::MODULE);
-        }
-        _ => {}
+    if !Path::new("/sys/class/devanon").exists() {
+        sys::load(doors::MODULE, "").context(doors::MODULE)?;
     }
     if fs::read_to_string("/proc/swaps")?.lines().count() < 2 {
-        busybox(&["modprobe", "zram"])?;
+        if !Path::new("/sys/block/zram0").exists() {
+            busybox(&["modprobe", "zram"])?;
+        }
         fs::write("/sys/block/zram0/disksize", "256M")?;
         busybox(&["mkswap", "/dev/zram0"])?;
         busybox(&["swapon", "/dev/zram0"])?;
@@ -190,8 +207,18 @@ fn set_up() -> Result<()> {
     Ok(())
 }
 
+/// What a test's process ends with when it cannot be run here, as the kernel's own selftests do.
+const SKIPPED: u8 = 4;
+
+enum Outcome {
+    Passed,
+    /// It cannot be run here; its last line says why.
+    Skipped,
+    Failed(String),
+}
+
 /// Runs one test in a process of its own, and ends all it started. What it printed comes with it.
-fn run(name: &str, seed: u64, limit: Duration) -> (String, Result<(), String>) {
+fn run(name: &str, seed: u64, limit: Duration) -> (String, Outcome) {
     let spawn = || -> Result<(Child, UnixStream)> {
         let (reader, writer) = UnixStream::pair()?;
         let writer = OwnedFd::from(writer);
@@ -207,7 +234,7 @@ fn run(name: &str, seed: u64, limit: Duration) -> (String, Result<(), String>) {
     };
     let (mut child, mut reader) = match spawn() {
         Ok(pair) => pair,
-        Err(err) => return (String::new(), Err(format!("{err:#}"))),
+        Err(err) => return (String::new(), Outcome::Failed(format!("{err:#}"))),
     };
     let output = thread::spawn(move || {
         let mut bytes = Vec::new();
@@ -228,25 +255,26 @@ fn run(name: &str, seed: u64, limit: Duration) -> (String, Result<(), String>) {
     unsafe { libc::kill(-(child.id() as i32), libc::SIGKILL) };
     let _ = child.wait();
     let said = output.join().unwrap_or_default();
-    let result = match status {
-        Some(status) if status.success() => Ok(()),
-        Some(status) => match status.signal() {
-            Some(signal) => Err(format!("crashed: signal {signal}")),
-            None => Err("failed".into()),
-        },
-        None => Err(format!("still running after {} s", limit.as_secs())),
+    let outcome = match status {
+        Some(status) if status.success() => Outcome::Passed,
+        Some(status) if status.code() == Some(SKIPPED.into()) => Outcome::Skipped,
+        Some(status) => Outcome::Failed(match status.signal() {
+            Some(signal) => format!("crashed: signal {signal}"),
+            None => "failed".into(),
+        }),
+        None => Outcome::Failed(format!("still running after {} s", limit.as_secs())),
     };
-    (said, result)
+    (said, outcome)
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
     if args.list {
-        all().for_each(|(name, _)| println!("{name}"));
+        TESTS.iter().for_each(|(name, _)| println!("{name}"));
         return ExitCode::SUCCESS;
     }
     if let Some(name) = &args.one {
-        let Some((_, test)) = all().find(|(known, _)| known == name) else {
+        let Some((_, test)) = TESTS.iter().find(|(known, _)| known == name) else {
             eprintln!("no test {name}");
             return ExitCode::from(2);
         };
@@ -254,14 +282,20 @@ fn main() -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(err) => {
                 println!("{err:#}");
-                ExitCode::FAILURE
+                ExitCode::from(if err.is::<sys::Skip>() { SKIPPED } else { 1 })
             }
         };
     }
+    let means = |word: &str, name: &str| {
+        name == word
+            || name
+                .split_once("::")
+                .is_some_and(|(group, _)| group == word)
+    };
     if let Some(unknown) = args
         .tests
         .iter()
-        .find(|name| !all().any(|(known, _)| known == name))
+        .find(|word| !TESTS.iter().any(|(name, _)| means(word, name)))
     {
         eprintln!("no test {unknown}; --list shows them");
         return ExitCode::from(2);
@@ -272,40 +306,48 @@ fn main() -> ExitCode {
         println!("Bail out! {err:#}");
         return ExitCode::FAILURE;
     }
-    let chosen: Vec<_> = all()
-        .filter(|(name, _)| args.tests.is_empty() || args.tests.iter().any(|test| test == name))
+    let chosen: Vec<_> = TESTS
+        .iter()
+        .filter(|(name, _)| {
+            args.tests.is_empty() || args.tests.iter().any(|word| means(word, name))
+        })
         .collect();
     println!("1..{}", chosen.len());
 
     // Before anything may crash.
     let seed = args.seed.unwrap_or_else(|| fastrand::u64(..));
     println!("# seed {seed}");
+    // Generous: kernels with every detector on are slow.
+    let limit = Duration::from_secs(300 + args.race * 2 + args.operations / 50);
     let mut failed = false;
     for (number, (name, _)) in (1..).zip(&chosen) {
-        let limit = if LONG.iter().any(|(long, _)| long == name) {
-            60 + args.race + args.operations / 100
-        } else {
-            60
-        };
         let before = taint();
-        let (said, result) = run(name, seed, Duration::from_secs(limit));
+        let start = Instant::now();
+        let (said, outcome) = run(name, seed, limit);
+        let seconds = start.elapsed().as_secs_f64();
         // Some tests change it.
         let _ = fs::write("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "never");
-        let mut why: Vec<String> = result.err().into_iter().collect();
-        match (before, taint()) {
-            (Ok(before), Ok(after)) if before == after => {}
-            taint => why.push(format!("the kernel was tainted: {taint:x?}")),
-        }
+        let outcome = match (outcome, before, taint()) {
+            (outcome, Ok(before), Ok(after)) if before == after => outcome,
+            (_, before, after) => {
+                Outcome::Failed(format!("the kernel was tainted: {before:x?}, {after:x?}"))
+            }
+        };
 
-        for line in said.trim_end().lines() {
+        let said: Vec<_> = said.trim_end().lines().collect();
+        for line in &said {
             println!("# {}", line.trim_start_matches("# "));
         }
-        if why.is_empty() {
-            println!("ok {number} {name}");
-        } else {
-            failed = true;
-            println!("# {}", why.join("; "));
-            println!("not ok {number} {name}");
+        match outcome {
+            Outcome::Passed => println!("ok {number} {name} # {seconds:.1} s"),
+            Outcome::Skipped => {
+                println!("ok {number} {name} # SKIP {}", said.last().unwrap_or(&""))
+            }
+            Outcome::Failed(why) => {
+                failed = true;
+                println!("# {why}");
+                println!("not ok {number} {name}");
+            }
         }
     }
     ExitCode::from(u8::from(failed))

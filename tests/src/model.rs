@@ -744,7 +744,7 @@ impl Model<'_> {
 }
 
 /// Has `operations` operations carried out, drawn by `seed`.
-pub fn run(seed: u64, operations: u64) -> Result<()> {
+pub fn random_operations(seed: u64, operations: u64) -> Result<()> {
     // Who is killed need not be waited for, whosever child he is.
     // SAFETY: No handler involved.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
@@ -791,5 +791,6 @@ pub fn run(seed: u64, operations: u64) -> Result<()> {
         }
         bail!("{err:#}; --seed {seed} replays it");
     }
+    count("operations", operations);
     Ok(())
 }

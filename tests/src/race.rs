@@ -102,14 +102,14 @@ fn write_and_verify(map: Map, worker: usize, tag: u64, time: Duration) -> Result
     }
 }
 
-/// Runs the race for `seconds` with `processes` processes on each of the two doors.
-pub fn run(seed: u64, seconds: u64, processes: usize) -> Result<()> {
+/// Runs the race for `seconds`, half of them on each of the two doors.
+pub fn map_touch_unmap(seed: u64, seconds: u64) -> Result<()> {
     for (door, fd) in [
         ("the device", device()?),
         ("a file of the ioctl", ioctl_file(PAGES)?),
     ] {
         let until = Instant::now() + Duration::from_secs(seconds).div_f64(2.0);
-        let peers = (0..processes)
+        let peers = (0..PROCESSES)
             .map(|process| {
                 fork(|_| {
                     let rounds = if process == 0 {
@@ -150,6 +150,7 @@ pub fn run(seed: u64, seconds: u64, processes: usize) -> Result<()> {
     Ok(())
 }
 
+const PROCESSES: usize = 3;
 const HUGE: usize = 512;
 
 /// One process unmaps many huge pages. Another maps the last of them meanwhile, has it mapped by

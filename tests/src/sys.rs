@@ -24,6 +24,28 @@ pub struct DevanonNew {
 pub const DEVANON_CLOEXEC: u32 = 1;
 pub const DEVANON_IOC_NEW: libc::c_ulong = 0x4008_da01;
 
+/// Why a test cannot be run on this kernel or machine. That is no failure, and no pass either.
+#[derive(Debug)]
+pub struct Skip(pub String);
+
+impl std::fmt::Display for Skip {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Skip {}
+
+/// Ends a test that cannot be run here: `return skip("no such thing in this kernel")`.
+pub fn skip<T>(why: &str) -> Result<T> {
+    Err(Skip(why.to_owned()).into())
+}
+
+/// Adds to what the summary says of this run: `operations`, `pages` or `faults` (injected).
+pub fn count(what: &str, number: u64) {
+    println!("count: {what} {number}");
+}
+
 pub fn cvt(ret: c_int) -> io::Result<c_int> {
     if ret < 0 {
         Err(io::Error::last_os_error())
@@ -416,9 +438,21 @@ pub fn unload(name: &str) -> io::Result<()> {
     cvt(ret as c_int).map(drop)
 }
 
-/// References to the module.
+/// Skips the test if the driver is built in, so that there is no module to load and unload.
+pub fn need_module() -> Result<()> {
+    if fs::exists(REFCNT)? {
+        Ok(())
+    } else {
+        skip("the driver is built in")
+    }
+}
+
+const REFCNT: &str = "/sys/module/devanon/refcnt";
+
+/// References to the module; none if the driver is built in.
 pub fn module_refs() -> Result<usize> {
-    Ok(fs::read_to_string("/sys/module/devanon/refcnt")?
-        .trim()
-        .parse()?)
+    if need_module().is_err() {
+        return Ok(0);
+    }
+    Ok(fs::read_to_string(REFCNT)?.trim().parse()?)
 }
