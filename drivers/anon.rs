@@ -40,7 +40,6 @@ use kernel::{
         FileDescriptorReservation, //
     },
     ioctl::_IOW,
-    mm::virt::VmaNew,
     prelude::*,
     seq_file::SeqFile,
     sync::aref::ARef,
@@ -58,6 +57,7 @@ use shmem::{
     VmFault,
     VmOperations, //
 };
+use vma::NewVma;
 
 mod range;
 
@@ -69,6 +69,8 @@ mod chrdev;
 mod mapping;
 #[path = "../rust/shmem.rs"]
 mod shmem;
+#[path = "../rust/vma.rs"]
+mod vma;
 
 module! {
     type: Module,
@@ -131,7 +133,7 @@ impl CharDevice for DevAnon {
         ShmemFile::new_unlimited()
     }
 
-    fn mmap(file: &ShmemFile, vma: &VmaNew) -> Result {
+    fn mmap(file: &ShmemFile, vma: &NewVma) -> Result {
         file.map(vma)
     }
 

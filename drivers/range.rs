@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Ranges of pages, and what of one is left uncovered.
-//!
-//! Nothing here calls the kernel, so `cargo test` runs it as well (`tests/range`).
+//! Ranges of pages, and what of one is left uncovered. Nothing here calls the kernel.
 
 /// Pages `first` to `last` of a file, both included, as page offsets (`pgoff_t`).
 ///
@@ -96,4 +94,121 @@ pub(crate) fn to_free(
             return PageRange::new(part.first, last);
         }
     })
+}
+
+/// Held against the obvious way to do it: a bit for each page.
+#[kernel::macros::kunit_tests(devanon_range)]
+mod tests {
+    use super::*;
+
+    const PAGES: usize = 5;
+
+    fn all_ranges() -> impl Iterator<Item = PageRange> {
+        (0..PAGES)
+            .flat_map(|first| (first..PAGES).filter_map(move |last| PageRange::new(first, last)))
+    }
+
+    fn bits(range: PageRange) -> usize {
+        (range.first()..=range.last()).fold(0, |bits, page| bits | 1 << page)
+    }
+
+    fn has(set: usize, page: usize) -> bool {
+        (set >> page) & 1 != 0
+    }
+
+    /// Whether what is freed is right, in order, and asked for no more than there is. What is known
+    /// of a run reaches `reach` pages, or as far as it holds.
+    fn is_right(range: PageRange, there: usize, covered: usize, reach: usize) -> bool {
+        let mut asked = 0;
+        let mut freed = 0;
+        let mut in_order = true;
+        for part in to_free(
+            range,
+            |part| (part.first()..=part.last()).find(|page| has(there, *page)),
+            |part| {
+                asked += 1;
+                let first = has(covered, part.first());
+                let last = (part.first()..=part.last())
+                    .take(reach)
+                    .take_while(|page| has(covered, *page) == first)
+                    .last();
+                Run {
+                    covered: first,
+                    last: last.unwrap_or(part.first()),
+                }
+            },
+        ) {
+            in_order &= bits(part) > freed;
+            freed |= bits(part);
+        }
+
+        in_order
+            && freed & covered == 0
+            && freed & !bits(range) == 0
+            && bits(range) & there & !covered & !freed == 0
+            && asked <= there.count_ones()
+    }
+
+    #[test]
+    fn frees_what_is_there_and_not_covered() {
+        let mut right = 0;
+        for range in all_ranges() {
+            for there in 0..1 << PAGES {
+                for covered in 0..1 << PAGES {
+                    right += [1, 2, PAGES]
+                        .into_iter()
+                        .filter(|reach| is_right(range, there, covered, *reach))
+                        .count();
+                }
+            }
+        }
+        assert_eq!(right, (all_ranges().count() << (2 * PAGES)) * 3);
+    }
+
+    #[test]
+    fn the_end_of_the_world_does_not_wrap() {
+        let all = PageRange::aligned(0, usize::BITS - 1).hull(PageRange::aligned(usize::MAX, 0));
+        let free = |covered| {
+            let mut parts = to_free(
+                all,
+                |part| Some(part.first()),
+                move |part| Run {
+                    covered,
+                    last: part.last(),
+                },
+            );
+            (parts.next(), parts.next())
+        };
+
+        assert!(free(false) == (Some(all), None));
+        assert!(free(true) == (None, None));
+    }
+
+    #[test]
+    fn ranges_are_not_empty() {
+        assert!(PageRange::new(3, 2).is_none());
+        assert!(PageRange::new(3, 3).is_some());
+    }
+
+    #[test]
+    fn aligned_runs() {
+        assert!(Some(PageRange::aligned(5, 0)) == PageRange::new(5, 5));
+        assert!(Some(PageRange::aligned(5, 2)) == PageRange::new(4, 7));
+        assert!(Some(PageRange::aligned(1023, 9)) == PageRange::new(512, 1023));
+    }
+
+    #[test]
+    fn two_ranges() {
+        for a in all_ranges() {
+            for b in all_ranges() {
+                let hull = a.hull(b);
+
+                assert!(hull.contains(a) && hull.contains(b));
+                assert_eq!(hull.first(), a.first().min(b.first()));
+                assert_eq!(hull.last(), a.last().max(b.last()));
+                assert_eq!(a.intersection(b).map_or(0, bits), bits(a) & bits(b));
+                assert_eq!(a.contains(b), bits(b) & !bits(a) == 0);
+            }
+        }
+    }
 }

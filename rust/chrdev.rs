@@ -5,7 +5,10 @@
 //! C headers: [`include/linux/cdev.h`](srctree/include/linux/cdev.h),
 //! [`include/linux/device/class.h`](srctree/include/linux/device/class.h).
 
-use super::bindings;
+use super::{
+    bindings,
+    vma::NewVma, //
+};
 use core::{
     marker::PhantomData,
     ptr::{
@@ -18,7 +21,6 @@ use kernel::{
         from_err_ptr,
         to_result, //
     },
-    mm::virt::VmaNew,
     prelude::*,
     seq_file::SeqFile,
     sync::aref::{
@@ -46,7 +48,7 @@ pub(crate) trait CharDevice {
     fn open() -> Result<ARef<Self::Object>>;
 
     /// `mmap(2)`, under `mmap_lock` held for writing.
-    fn mmap(object: &Self::Object, vma: &VmaNew) -> Result;
+    fn mmap(object: &Self::Object, vma: &NewVma) -> Result;
 
     /// `ioctl(2)`.
     fn ioctl(cmd: u32, arg: usize) -> Result<c_long>;
@@ -143,12 +145,27 @@ impl<T: CharDevice> Registration<T> {
     /// # Safety
     ///
     /// Called by the mm for an open file of this device and a VMA being mapped.
+    #[cfg(not(devanon_mmap_prepare))]
     unsafe extern "C" fn mmap(
         file: *mut bindings::file,
         vma: *mut bindings::vm_area_struct,
     ) -> c_int {
         // SAFETY: As the caller promises.
-        let (object, vma) = unsafe { (Self::object(file), VmaNew::from_raw(vma)) };
+        let (object, vma) = unsafe { (Self::object(file), NewVma::from_raw(vma)) };
+
+        match T::mmap(object, vma) {
+            Ok(()) => 0,
+            Err(err) => err.to_errno(),
+        }
+    }
+
+    /// # Safety
+    ///
+    /// Called by the mm for an open file of this device that is being mapped.
+    #[cfg(devanon_mmap_prepare)]
+    unsafe extern "C" fn mmap_prepare(desc: *mut bindings::vm_area_desc) -> c_int {
+        // SAFETY: As the caller promises; `file` is the one that was opened.
+        let (object, vma) = unsafe { (Self::object((*desc).file), NewVma::from_raw(desc)) };
 
         match T::mmap(object, vma) {
             Ok(()) => 0,
@@ -193,7 +210,10 @@ impl<T: CharDevice> Registration<T> {
         owner: THIS_MODULE,
         open: Some(Self::open),
         release: Some(Self::release),
+        #[cfg(not(devanon_mmap_prepare))]
         mmap: Some(Self::mmap),
+        #[cfg(devanon_mmap_prepare)]
+        mmap_prepare: Some(Self::mmap_prepare),
         get_unmapped_area: Some(bindings::thp_get_unmapped_area),
         unlocked_ioctl: Some(Self::ioctl),
         #[cfg(CONFIG_COMPAT)]

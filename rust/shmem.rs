@@ -20,7 +20,8 @@
 use super::{
     bindings,
     mapping::Mapping,
-    range::PageRange, //
+    range::PageRange,
+    vma::NewVma, //
 };
 use core::ptr::{
     self,
@@ -32,7 +33,6 @@ use kernel::{
         to_result, //
     },
     fs::File,
-    mm::virt::VmaNew,
     page::PAGE_SHIFT,
     prelude::*,
     seq_file::SeqFile,
@@ -274,20 +274,46 @@ impl ShmemFile {
     /// Makes `vma`, which is being mapped for another file, a mapping of this one.
     ///
     /// Fails with `EOVERFLOW` if it goes beyond what a file can hold.
-    pub(crate) fn map(&self, vma: &VmaNew) -> Result {
+    #[cfg(not(devanon_mmap_prepare))]
+    pub(crate) fn map(&self, vma: &NewVma) -> Result {
         let vma = vma.as_ptr();
 
-        // SAFETY: A `VmaNew` is a live VMA.
+        // SAFETY: A `NewVma` is a live VMA.
         if unsafe { vma_range(vma) }.is_none_or(|range| range.last() >= MAX_PAGES) {
             return Err(EOVERFLOW);
         }
 
-        // SAFETY: A `VmaNew` is under `mmap_lock` held for writing and seen by nobody else, as
+        // SAFETY: A `NewVma` is under `mmap_lock` held for writing and seen by nobody else, as
         // `vma_set_file()` asks. It swaps the VMA's reference to its file for one to ours.
         unsafe { bindings::vma_set_file(vma, self.as_ptr()) };
         // SAFETY: As above; `compat_vma_mmap()` is there to be called from `.mmap`, for a file that
         // has `.mmap_prepare`.
         to_result(unsafe { bindings::compat_vma_mmap(self.as_ptr(), vma) })
+    }
+
+    /// The same, for a VMA that is not made yet.
+    #[cfg(devanon_mmap_prepare)]
+    pub(crate) fn map(&self, vma: &NewVma) -> Result {
+        // SAFETY: By its type invariant the description is ours to read and change in this call.
+        let desc = unsafe { &mut *vma.as_ptr() };
+        let pages = (desc.end - desc.start) >> PAGE_SHIFT;
+
+        if desc
+            .pgoff
+            .checked_add(pages)
+            .is_none_or(|end| end > MAX_PAGES)
+        {
+            return Err(EOVERFLOW);
+        }
+
+        let device = core::mem::replace(&mut desc.file, self.as_ptr());
+        // SAFETY: The description is now one for this file, which has our operations.
+        let ret = unsafe { prepare(desc) };
+        desc.file = device;
+        to_result(ret)?;
+        // The mm drops this reference with the VMA, or if none is made after all.
+        desc.vm_file = ARef::into_raw(ARef::from(self)).as_ptr().cast();
+        Ok(())
     }
 
     /// Whether every page there is came by a mapping: there is no descriptor to write one with,
@@ -314,7 +340,8 @@ impl ShmemFile {
 
 /// What is kept for an inode of ours while files of ours are open on it.
 ///
-/// The inode's only dentry points here, with `d_fsdata`, which shmem uses for entries of directories only.
+/// The inode's only dentry points here, with `d_fsdata`, which shmem uses for entries of
+/// directories only.
 struct Object {
     /// The files. Changed under the inode's `i_lock`; the object goes with the last of them.
     files: Atomic<usize>,
