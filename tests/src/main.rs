@@ -151,6 +151,7 @@ const TESTS: &[Test] = tests! {
     }
     race {
         collapse,
+        collapse_of_what_is_unmapped,
         map_touch_unmap(args, seed: seed, args.race),
     }
     model {

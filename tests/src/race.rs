@@ -199,3 +199,49 @@ pub fn collapse() -> Result<()> {
     println!("{collapsed} of {ROUNDS} collapsed, {early} while nothing was freed yet");
     Ok(())
 }
+
+/// One thread unmaps a huge page's worth of memory while another has it collapsed, for which the
+/// kernel lets go of `mmap_lock`. What comes of that has lost its last mapping, and has to go.
+pub fn collapse_of_what_is_unmapped() -> Result<()> {
+    const ROUNDS: u64 = 100;
+    let (mut collapsed, mut at_once, mut left, mut stale) = (0, 0, 0, 0);
+
+    for round in 0..ROUNDS {
+        let dev = device()?;
+        let place = Map::reserve(2 * HUGE)?;
+        let skip = place.addr.align_offset(HUGE * PAGE) / PAGE;
+        let map = place.part(skip, HUGE).cover(&dev, 0)?;
+        // Few pages, so that most of the time goes into the huge one they become a part of.
+        (0..HUGE).step_by(64).for_each(|page| map.write(page, 7));
+
+        let addr = map.addr as usize;
+        let delay = Duration::from_micros(30 * round);
+        let result = std::thread::scope(|scope| {
+            let collapse = scope.spawn(move || {
+                let (addr, pages) = (addr as *mut u8, HUGE);
+                let result = Map { addr, pages }.advise(libc::MADV_COLLAPSE);
+                (result.is_ok(), Instant::now())
+            });
+            let start = Instant::now();
+            while start.elapsed() < delay {}
+            let began = Instant::now();
+            map.unmap()?;
+            let (ok, ended) = collapse.join().expect("a thread panicked");
+            Ok::<_, anyhow::Error>((ok, ended > began))
+        })?;
+        collapsed += u64::from(result.0);
+        at_once += u64::from(result.1);
+        let pages = info(&dev)?;
+        left += u64::from((pages.resident, pages.swapped) != (0, 0));
+        let again = Map::shared(&dev, HUGE, 0)?;
+        stale += u64::from((0..HUGE).any(|page| again.read(page) != 0));
+        again.unmap()?;
+        place.unmap()?;
+    }
+    println!("{ROUNDS} rounds, {collapsed} collapsed, {at_once} not before the unmapping began");
+    ensure!(
+        (left, stale) == (0, 0),
+        "all unmapped, and yet pages in {left} rounds, old data in {stale}"
+    );
+    Ok(())
+}
