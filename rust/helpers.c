@@ -134,24 +134,88 @@ bool devanon_next_page(struct address_space *mapping, bool swapped,
 	return entry;
 }
 
-/* Remove those of the @nr folios, all locked, that lie in the range and are not covered. */
-static void devanon_remove_locked(struct address_space *mapping, struct folio **folios,
-				  unsigned int nr, pgoff_t first, pgoff_t last)
+/* A folio with a reference, and where in the file it was found. */
+struct devanon_found {
+	struct folio *folio;
+	pgoff_t index;
+};
+
+#define DEVANON_BATCH 32
+
+/*
+ * Find folios from page *@index on, up to a large one, which may be split behind
+ * our back, or to the first entry in swap. If that comes before all folios, the
+ * answer is true, and *@index is its page. Does not sleep.
+ */
+static bool devanon_find(struct address_space *mapping, pgoff_t *index, pgoff_t last,
+			 struct devanon_found *found, unsigned int *nr)
+{
+	XA_STATE(xas, &mapping->i_pages, *index);
+	bool swapped = false;
+	void *entry;
+
+	*nr = 0;
+	rcu_read_lock();
+	xas_for_each(&xas, entry, last) {
+		struct folio *folio = entry;
+
+		if (xas_retry(&xas, entry))
+			continue;
+		if (xa_is_value(entry)) {
+			swapped = !*nr;
+			break;
+		}
+		if (!folio_try_get(folio))
+			goto again;
+		if (xas_reload(&xas) != entry) {
+			folio_put(folio);
+			goto again;
+		}
+		found[*nr].folio = folio;
+		found[(*nr)++].index = max(xas.xa_index, *index);
+		if (*nr == DEVANON_BATCH || folio_test_large(folio))
+			break;
+		continue;
+again:
+		xas_reset(&xas);
+	}
+	if (swapped)
+		*index = max(xas.xa_index, *index);
+	rcu_read_unlock();
+
+	return swapped;
+}
+
+/*
+ * Remove those of the @nr folios, all locked, that lie in the range and are not
+ * covered. Unlock and put them all. @next is where to look next: after the last
+ * of them, or at the first that is not there any more. In that case the answer
+ * is false.
+ */
+static bool devanon_remove_locked(struct address_space *mapping, struct devanon_found *found,
+				  unsigned int nr, pgoff_t first, pgoff_t last, pgoff_t *next)
 {
 	pgoff_t low = last, high = first, end;
-	bool none_covered;
+	bool none_covered, all_there = true;
 	unsigned int i;
 
 	for (i = 0; i < nr; i++) {
-		if (folios[i]->mapping != mapping || folios[i]->index < first ||
-		    folio_next_index(folios[i]) - 1 > last) {
-			/* Gone, or only a part of it is meant. */
-			folio_unlock(folios[i]);
-			folios[i] = NULL;
+		struct folio *folio = found[i].folio;
+
+		if (folio->mapping != mapping) {
+			/* Swapped out, or a part of a huge one by now. */
+			if (all_there)
+				*next = found[i].index;
+			all_there = false;
 			continue;
 		}
-		low = min(low, folios[i]->index);
-		high = max(high, folio_next_index(folios[i]) - 1);
+		end = folio_next_index(folio) - 1;
+		if (all_there)
+			*next = end + 1;
+		if (folio->index < first || end > last)
+			continue;	/* only a part of it is meant */
+		low = min(low, folio->index);
+		high = max(high, end);
 	}
 
 	/* One question for all, as a rule. */
@@ -159,44 +223,56 @@ static void devanon_remove_locked(struct address_space *mapping, struct folio **
 	none_covered = low > high || (!devanon_covered(mapping, low, &end) && end == high);
 
 	for (i = 0; i < nr; i++) {
-		struct folio *folio = folios[i];
+		struct folio *folio = found[i].folio;
 
-		if (!folio)
-			continue;
 		end = folio_next_index(folio) - 1;
-		if (none_covered || (!devanon_covered(mapping, folio->index, &end) &&
-				     end == folio_next_index(folio) - 1))
+		if (folio->mapping == mapping && folio->index >= first && end <= last &&
+		    (none_covered || (!devanon_covered(mapping, folio->index, &end) &&
+				      end == folio_next_index(folio) - 1)))
 			generic_error_remove_folio(mapping, folio);
 		folio_unlock(folio);
+		folio_put(folio);
 	}
+
+	return all_there;
 }
 
 /*
- * Remove from the page cache the folios in [@first, @last] that no VMA covers.
- * That is asked with the folio locked: whoever maps a folio, or writes to it,
- * has it locked as well, and is in the tree before he maps it. So nobody who
- * comes in time loses it, and nobody who comes later finds it. May sleep.
+ * Remove from the page cache the folios from page *@first to @last that no VMA
+ * covers, up to the first entry in swap. If there is one, the answer is true, and
+ * *@first is its page.
+ *
+ * Who covers it is asked with the folio locked: whoever maps a folio, or writes
+ * to it, has it locked as well, and is in the tree before he maps it. So nobody
+ * who comes in time loses it, and nobody who comes later finds it. May sleep.
  */
-void devanon_remove_uncovered(struct address_space *mapping, pgoff_t first, pgoff_t last)
+bool devanon_remove_uncovered(struct address_space *mapping, pgoff_t *first, pgoff_t last)
 {
-	struct folio_batch batch;
-	pgoff_t index = first;
+	struct devanon_found found[DEVANON_BATCH];
+	pgoff_t index = *first;
+	unsigned int nr;
+	bool swapped;
 
-	folio_batch_init(&batch);
-	while (filemap_get_folios(mapping, &index, last, &batch)) {
-		struct folio *locked[FOLIO_BATCH_SIZE];
-		unsigned int i = 0, nr;
+	while (!(swapped = devanon_find(mapping, &index, last, found, &nr)) && nr) {
+		unsigned int done = 0;
+		bool all_there;
 
-		while (i < folio_batch_count(&batch)) {
-			nr = 0;
-			folio_lock(batch.folios[i]);
-			do {
-				locked[nr++] = batch.folios[i++];
-			} while (i < folio_batch_count(&batch) &&
-				 folio_trylock(batch.folios[i]));
-			devanon_remove_locked(mapping, locked, nr, first, last);
-		}
-		folio_batch_release(&batch);
+		/* Wait for one lock, and take what can be had besides. */
+		do {
+			unsigned int locked = done;
+
+			folio_lock(found[locked++].folio);
+			while (locked < nr && folio_trylock(found[locked].folio))
+				locked++;
+			all_there = devanon_remove_locked(mapping, found + done, locked - done,
+							  *first, last, &index);
+			done = locked;
+		} while (all_there && done < nr);
+		while (done < nr)
+			folio_put(found[done++].folio);
 		cond_resched();
 	}
+	*first = index;
+
+	return swapped;
 }

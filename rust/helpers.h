@@ -16,7 +16,7 @@ void devanon_vma_range(struct vm_area_struct *vma, pgoff_t *first, pgoff_t *last
 bool devanon_covered(struct address_space *mapping, pgoff_t first, pgoff_t *last);
 bool devanon_next_page(struct address_space *mapping, bool swapped,
 		       pgoff_t *first, pgoff_t last);
-void devanon_remove_uncovered(struct address_space *mapping, pgoff_t first,
+bool devanon_remove_uncovered(struct address_space *mapping, pgoff_t *first,
 			      pgoff_t last);
 
 #endif /* _DEVANON_HELPERS_H */

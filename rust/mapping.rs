@@ -15,7 +15,6 @@
 use super::{
     bindings,
     range::{
-        to_free,
         PageRange,
         Run, //
     }, //
@@ -170,41 +169,21 @@ impl InvalidateGuard<'_> {
     ///
     /// May sleep: waits for folio locks.
     pub(crate) fn free(&self, range: PageRange) {
-        let edges = [Some(range.first()), range.last().checked_add(1)];
-        for edge in edges.into_iter().flatten() {
-            if self.folio_of(edge).first() < edge {
-                self.split(edge);
-            }
-        }
-
-        // SAFETY: The mapping is live. No spinlock is held, and neither is `i_mmap_rwsem`.
-        unsafe { bindings::devanon_remove_uncovered(self.0 .0.get(), range.first(), range.last()) };
-
-        // A folio across an edge that could not be split, as it is pinned: its part is zeroed.
-        for page in [range.first(), range.last()] {
-            let folio = self.folio_of(page);
-            if !range.contains(folio) {
-                if let Some(part) = range.intersection(folio) {
-                    self.truncate(part);
+        // Twice, if need be: a folio across an edge may be one that khugepaged made meanwhile.
+        for _ in 0..2 {
+            let edges = [Some(range.first()), range.last().checked_add(1)];
+            for edge in edges.into_iter().flatten() {
+                if self.folio_of(edge).first() < edge {
+                    self.split(edge);
                 }
             }
+            self.remove(range);
+            if self.straddlers(range).next().is_none() {
+                break;
+            }
         }
-
-        // With faults shut out, what is in swap stays there, short of a read(2) or write(2).
-        let swapped = to_free(
-            range,
-            |part| self.next(true, part),
-            |part| {
-                let Run { covered, last } = self.run(part);
-                let last = if covered {
-                    last
-                } else {
-                    self.last_swapped(part, last)
-                };
-                Run { covered, last }
-            },
-        );
-        for part in swapped {
+        // What could not be split, as it is pinned: its part is zeroed.
+        for part in self.straddlers(range) {
             self.truncate(part);
         }
 
@@ -213,6 +192,50 @@ impl InvalidateGuard<'_> {
             (range.first() << PAGE_SHIFT) + 1,
             range.first() << PAGE_SHIFT,
         );
+    }
+
+    /// The parts of `range` that belong to folios, or entries in swap, that reach beyond it.
+    fn straddlers(&self, range: PageRange) -> impl Iterator<Item = PageRange> + '_ {
+        [range.first(), range.last()]
+            .into_iter()
+            .map(|page| self.folio_of(page))
+            .filter(move |folio| !range.contains(*folio))
+            .filter_map(move |folio| range.intersection(folio))
+    }
+
+    /// Removes what lies in `range`, page by page in ascending order: a page may go to swap or come
+    /// back from there meanwhile, but neither way gets it past the place that is looked at.
+    fn remove(&self, range: PageRange) {
+        let mut rest = Some(range);
+
+        while let Some(part) = rest {
+            let mut page = part.first();
+
+            // SAFETY: The mapping is live, and the result is ours to write. No spinlock is held,
+            // and neither is `i_mmap_rwsem`.
+            let swapped = unsafe {
+                bindings::devanon_remove_uncovered(self.0 .0.get(), &mut page, part.last())
+            };
+            rest = PageRange::new(page, part.last()).filter(|_| swapped);
+            let Some(part) = rest else { break };
+
+            // With faults shut out, what is in swap stays there, short of a read(2), a write(2) or
+            // a collapse.
+            let Run { covered, mut last } = self.run(part);
+            if !covered {
+                last = self.last_swapped(part, last);
+                if let Some(part) = PageRange::new(page, last) {
+                    self.truncate(part);
+                }
+                // It may have become a folio, or a part of one.
+                if self.next(true, PageRange::aligned(page, 0)).is_none() {
+                    continue;
+                }
+            }
+            rest = last
+                .checked_add(1)
+                .and_then(|next| PageRange::new(next, part.last()));
+        }
     }
 
     /// The last page of `part`, up to `last`, such that no folio lies between.
