@@ -132,8 +132,18 @@ pub fn memory_file(pid: i32) -> Result<Option<Anon>> {
     Ok(largest)
 }
 
+/// Is the driver there, as a module or built in?
+pub fn is_driver_there() -> Result<bool> {
+    Ok(fs::exists("/sys/class/devanon")?)
+}
+
+/// Is the driver there as a module?
+pub fn is_module() -> Result<bool> {
+    Ok(fs::exists("/sys/module/devanon/refcnt")?)
+}
+
 pub fn load_module() -> Result<()> {
-    if !Path::new("/sys/module/devanon").exists() {
+    if !is_driver_there()? {
         finit_module(File::open(MODULE).context(MODULE)?, c"", 0).context("loading the module")?;
     }
     Ok(())
