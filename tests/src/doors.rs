@@ -384,8 +384,8 @@ pub fn out_of_descriptors() -> Result<()> {
 }
 
 /// 10,000 one-page maps side by side are as many VMAs as with a memfd: one.
-/// Through the device only on a kernel where a file put in by `.mmap_prepare` may be merged.
-pub fn vmas_merge_as_with_memfd(patched: bool) -> Result<()> {
+/// Through the device only if the driver maps by `.mmap_prepare`.
+pub fn vmas_merge_as_with_memfd(merges: bool) -> Result<()> {
     let pages = 10_000;
     let count = |file: &OwnedFd, down: bool| -> Result<usize> {
         let place = Map::reserve(pages)?;
@@ -406,7 +406,7 @@ pub fn vmas_merge_as_with_memfd(patched: bool) -> Result<()> {
             ours == peer,
             "downwards {down}: {ours} more VMAs, {peer} with a memfd"
         );
-        if patched {
+        if merges {
             let ours = count(&device()?, down)?;
             ensure!(
                 ours == peer,
@@ -537,7 +537,7 @@ pub fn o_path_outlives_the_module() -> Result<()> {
 /// A node opened before the module was loaded remembers that there was nothing: a trap of
 /// `chrdev_open()`. The cure is to make it anew.
 /// On a stock kernel the node is stale from then on; a patched one forgets the failed open.
-pub fn node_opened_too_early(patched: bool) -> Result<()> {
+pub fn node_opened_too_early(node_works: bool) -> Result<()> {
     need_module()?;
     let path = "/dev/anon-early";
     unload("devanon")?;
@@ -552,7 +552,7 @@ pub fn node_opened_too_early(patched: bool) -> Result<()> {
 
     loaded?;
     expect_errno("open before the module", early, libc::ENXIO)?;
-    if patched {
+    if node_works {
         late.context("open of the same node after")?;
     } else {
         expect_errno("open of the same node after", late, libc::ENXIO)?;

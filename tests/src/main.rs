@@ -39,9 +39,12 @@ struct Args {
     /// Print the names of the tests and exit
     #[arg(long)]
     list: bool,
-    /// The kernel has patches/host: the device's mappings merge, and a node opened too early works
+    /// The kernel has patches/host: a node opened before its driver was there works
     #[arg(long)]
-    patched: bool,
+    node_works: bool,
+    /// The driver was built with DEVANON_MMAP_PREPARE=y: the device's mappings merge
+    #[arg(long)]
+    merges: bool,
     /// Operations of the model test
     #[arg(long, default_value_t = 20_000)]
     operations: u64,
@@ -96,7 +99,7 @@ const TESTS: &[Test] = tests! {
         ioctl_cloexec,
         ioctl_file_is_not_executable,
         out_of_descriptors,
-        vmas_merge_as_with_memfd(args, _seed: args.patched),
+        vmas_merge_as_with_memfd(args, _seed: args.merges),
         reopened_file_keeps_the_rule,
         mapping_opened_through_map_files,
         unprivileged_user,
@@ -105,7 +108,7 @@ const TESTS: &[Test] = tests! {
         second_load_is_refused,
         unload_is_refused_while_in_use,
         o_path_outlives_the_module,
-        node_opened_too_early(args, _seed: args.patched),
+        node_opened_too_early(args, _seed: args.node_works),
     }
     rules {
         munmap_whole,

@@ -24,7 +24,7 @@ struct Args {
     demo: bool,
     /// The kernel has patches/host: a node opened before its driver was there works
     #[arg(long)]
-    patched: bool,
+    node_works: bool,
 }
 
 fn main() -> ExitCode {
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
             }
         };
     }
-    if tests::run(args.patched) {
+    if tests::run(args.node_works) {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE

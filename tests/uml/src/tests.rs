@@ -35,7 +35,7 @@ const CACHES: i64 = 4 << 10;
 /// What passes from one test to the next.
 #[derive(Default)]
 struct State {
-    patched: bool,
+    node_works: bool,
     before: Option<Memory>,
     guests: Vec<Guest>,
 }
@@ -92,10 +92,10 @@ const TESTS: &[(&str, Test)] = &[
     ("the module unloads", unload),
 ];
 
-pub fn run(patched: bool) -> bool {
+pub fn run(node_works: bool) -> bool {
     println!("KTAP version 1\n1..{}", TESTS.len());
     let mut state = State {
-        patched,
+        node_works,
         ..State::default()
     };
     let mut good = true;
@@ -179,7 +179,7 @@ fn no_driver(_: &mut State) -> Result<String> {
 /// On a patched kernel the node of the test before works; on a stock one it has to be made anew.
 fn stale_node(state: &mut State) -> Result<String> {
     host::load_module()?;
-    let text = if state.patched {
+    let text = if state.node_works {
         not_used(state)?
     } else {
         fails(
