@@ -561,6 +561,25 @@ pub fn node_opened_too_early(node_works: bool) -> Result<()> {
     Ok(())
 }
 
+/// KUnit ran the driver's own tests when the driver was loaded, or at boot, and all passed.
+pub fn unit_tests() -> Result<()> {
+    const RESULTS: &str = "/sys/kernel/debug/kunit/devanon_range/results";
+    if !fs::exists("/sys/kernel/debug/kunit")? {
+        return skip("the kernel has no KUnit");
+    }
+    let text = fs::read_to_string(RESULTS).context(RESULTS)?;
+    let count = |word: &str| {
+        text.lines()
+            .filter(|line| line.trim_start().starts_with(word))
+            .count()
+    };
+    ensure!(
+        count("not ok ") == 0 && count("ok ") >= 6 && !text.contains("# SKIP"),
+        "{text}"
+    );
+    Ok(())
+}
+
 /// The complete program in README.md does what it says.
 pub fn program_of_the_readme() -> Result<()> {
     let output = std::process::Command::new("/bin/readme-program")

@@ -104,6 +104,7 @@ const TESTS: &[Test] = tests! {
         mapping_opened_through_map_files,
         unprivileged_user,
         program_of_the_readme,
+        unit_tests,
         module_parameter_mode,
         second_load_is_refused,
         unload_is_refused_while_in_use,
@@ -174,8 +175,9 @@ const TESTS: &[Test] = tests! {
     }
 };
 
-/// Flags of `/proc/sys/kernel/tainted` that loading this module sets: out of tree, unsigned.
-const MODULE_TAINT: u64 = (1 << 12) | (1 << 13);
+/// Flags of `/proc/sys/kernel/tainted` that loading this module sets: out of tree, unsigned, and
+/// that KUnit ran.
+const MODULE_TAINT: u64 = (1 << 12) | (1 << 13) | (1 << 18);
 
 fn taint() -> Result<u64> {
     Ok(fs::read_to_string("/proc/sys/kernel/tainted")?

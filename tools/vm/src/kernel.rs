@@ -32,12 +32,17 @@ impl Kernel {
         })
     }
 
-    /// The file to boot: the kernel proper, taken out of the vmlinuz that packs it.
+    /// The file to boot: the kernel proper. A kernel of our own was never packed; that of a distro
+    /// is taken out of the vmlinuz that packs it.
     ///
     /// QEMU starts it by its PVH entry, which spares an emulated machine more than two seconds of
     /// unpacking. It is the same kernel, but for KASLR, which is the unpacker's work. What is not
     /// packed with zstd boots as it is. `scratch` is a directory of this run's own.
     pub fn image(&self, scratch: &Path) -> Result<PathBuf> {
+        let plain = self.directory.join("vmlinux");
+        if plain.exists() {
+            return Ok(plain);
+        }
         let packed = self.directory.join("vmlinuz");
         let image = Path::new("build/vm").join(format!("vmlinux-{}", self.release));
         let modified = |path: &Path| fs::metadata(path).and_then(|meta| meta.modified());
