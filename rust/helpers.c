@@ -9,6 +9,7 @@
 #include <linux/interval_tree_generic.h>
 #include <linux/mm.h>
 #include <linux/pagemap.h>
+#include <linux/rcupdate.h>
 #include <linux/shmem_fs.h>
 #include <linux/xarray.h>
 
@@ -72,6 +73,12 @@ void devanon_vma_range(struct vm_area_struct *vma, pgoff_t *first, pgoff_t *last
 {
 	*first = devanon_vma_first(vma);
 	*last = vma_last_pgoff(vma);
+}
+
+/* A function or a macro, as the kernel is preemptible or not. */
+void devanon_synchronize_rcu_tasks(void)
+{
+	synchronize_rcu_tasks();
 }
 
 /* Steps in the tree under one i_mmap_rwsem. */

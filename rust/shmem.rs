@@ -167,7 +167,7 @@ pub(crate) fn exit() {
     // lock. It does not sleep in between, which is what RCU tasks waits for.
     //
     // SAFETY: No requirement but that it may sleep here.
-    unsafe { bindings::synchronize_rcu_tasks() };
+    unsafe { bindings::devanon_synchronize_rcu_tasks() };
 }
 
 /// A new shmem file of `size` bytes, with shmem's own operations.
