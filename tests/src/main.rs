@@ -166,6 +166,14 @@ const TESTS: &[Test] = tests! {
     }
     // And what it does when there is little.
     pressure {
+        only_the_offender_is_killed(_args, seed: seed),
+        killed_while_others_unmap(_args, seed: seed),
+        unkillable_at_its_limit,
+        four_times_the_memory,
+        huge_pages_of_each_size,
+        khugepaged_and_compaction(_args, seed: seed),
+        pages_move_between_nodes(_args, seed: seed),
+        processors_come_and_go(_args, seed: seed),
     }
     // And when there is much of it.
     limits {

@@ -6,7 +6,6 @@ use crate::sys::*;
 use anyhow::{Context, Result, ensure};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{fs, ptr};
 
@@ -585,45 +584,11 @@ fn file_of(fd: &OwnedFd) -> Result<fs::File> {
     Ok(fs::File::from(fd.try_clone()?))
 }
 
-/// A control group of our own, removed when dropped.
-struct Cgroup(PathBuf);
-
-impl Cgroup {
-    fn join() -> Result<Self> {
-        fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+memory").context("cgroup2")?;
-        let dir = Path::new("/sys/fs/cgroup").join(format!("test-{}", std::process::id()));
-        fs::create_dir(&dir)?;
-        fs::write(dir.join("cgroup.procs"), "0")?;
-        Ok(Self(dir))
-    }
-
-    /// Pages charged for shared memory.
-    fn shmem(&self) -> Result<usize> {
-        let text = fs::read_to_string(self.0.join("memory.stat"))?;
-        let line = text.lines().find_map(|line| line.strip_prefix("shmem "));
-        Ok(line.context("memory.stat has no shmem")?.parse::<usize>()? / PAGE)
-    }
-
-    /// Pages charged in all.
-    fn current(&self) -> Result<usize> {
-        Ok(fs::read_to_string(self.0.join("memory.current"))?
-            .trim()
-            .parse::<usize>()?
-            / PAGE)
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        let _ = fs::write("/sys/fs/cgroup/cgroup.procs", "0");
-        let _ = fs::remove_dir(&self.0);
-    }
-}
-
 pub fn charged_to_whoever_touches() -> Result<()> {
     let dev = device()?;
     let map = Map::shared(&dev, 4096, 0)?;
-    let group = Cgroup::join()?;
+    let group = Cgroup::new("test")?;
+    group.join()?;
     let before = group.shmem()?;
     ensure!(before < 256, "{before} pages of others in a new group");
     map.part(0, 2048).fill(TAG);
@@ -687,21 +652,22 @@ fn unpin(ring: OwnedFd) -> Result<()> {
 /// The pin keeps the memory, not the page of the file: freed for all others, given back with it.
 pub fn pinned_pages() -> Result<()> {
     let dev = device()?;
-    let group = Cgroup::join()?;
+    let group = Cgroup::new("test")?;
+    group.join()?;
     let map = Map::shared(&dev, 4096, 0)?;
     map.fill(TAG);
     let ring = pin(map)?;
     map.unmap()?;
     expect_resident(&dev, 0, "unmapped, pinned")?;
     Map::shared(&dev, 4096, 0)?.part(0, 8).check_zero()?;
-    let pinned = group.current()?;
+    let pinned = group.charged("memory.current")?;
     ensure!(
         pinned >= 4096,
         "{pinned} pages charged: the pin did not keep 4096"
     );
 
     unpin(ring)?;
-    let left = group.current()?;
+    let left = group.charged("memory.current")?;
     ensure!(left < 2048, "{left} pages charged after the pin went");
     Ok(())
 }

@@ -8,6 +8,7 @@ use std::ffi::CString;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::{fs, ptr};
 
 pub const PAGE: usize = 4096;
@@ -351,6 +352,67 @@ pub fn meminfo(name: &str) -> Result<usize> {
         .with_context(|| format!("meminfo has no {name}"))?;
     let kib: usize = line.trim().trim_end_matches(" kB").parse()?;
     Ok(kib * 1024 / PAGE)
+}
+
+/// A control group, ended with all that is in it when dropped.
+pub struct Cgroup(PathBuf);
+
+impl Cgroup {
+    pub fn new(name: &str) -> Result<Self> {
+        fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+memory").context("cgroup2")?;
+        let dir = Path::new("/sys/fs/cgroup").join(format!("{name}-{}", std::process::id()));
+        fs::create_dir(&dir)?;
+        Ok(Self(dir))
+    }
+
+    /// Takes this process in.
+    pub fn join(&self) -> Result<()> {
+        self.set("cgroup.procs", 0)
+    }
+
+    pub fn set(&self, file: &str, value: usize) -> Result<()> {
+        fs::write(self.0.join(file), value.to_string()).with_context(|| file.to_owned())
+    }
+
+    /// Line `name` of `file`, in which every line is a name and a number.
+    fn line(&self, file: &str, name: &str) -> Result<usize> {
+        let text = fs::read_to_string(self.0.join(file))?;
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        let line = line.with_context(|| format!("{file} has no {name}"))?;
+        Ok(line.trim().parse()?)
+    }
+
+    /// How often something happened, by the name it has in `memory.events`.
+    pub fn events(&self, name: &str) -> Result<usize> {
+        self.line("memory.events", name)
+    }
+
+    /// Pages charged for shared memory.
+    pub fn shmem(&self) -> Result<usize> {
+        Ok(self.line("memory.stat", "shmem")? / PAGE)
+    }
+
+    /// Pages charged in all, in memory (`memory.current`) or in swap (`memory.swap.current`).
+    pub fn charged(&self, file: &str) -> Result<usize> {
+        let text = fs::read_to_string(self.0.join(file))?;
+        Ok(text.trim().parse::<usize>()? / PAGE)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = fs::write("/sys/fs/cgroup/cgroup.procs", "0");
+        let _ = self.set("cgroup.kill", 1);
+        // It is busy until the last of them is gone.
+        for _ in 0..1000 {
+            if fs::remove_dir(&self.0).is_ok() {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    }
 }
 
 /// Number of mappings of this process.
