@@ -51,7 +51,7 @@ struct Args {
     /// Seed of what is drawn at random, to replay a run; random by default
     #[arg(long)]
     seed: Option<u64>,
-    /// Seconds of the race test
+    /// Seconds of the race test, and of the opens at a pace (a minute at most)
     #[arg(long, default_value_t = 10)]
     race: u64,
     /// Run this one test in this process (what the program calls itself with)
@@ -177,6 +177,17 @@ const TESTS: &[Test] = tests! {
     }
     // And when there is much of it.
     limits {
+        many_objects_of_many_processes,
+        many_mappings_of_one_process,
+        opens_for_a_while(args, _seed: args.race),
+        descriptors_of_a_process,
+        files_of_the_machine,
+        address_space,
+        mappings_of_a_process,
+        locked_memory,
+        size_of_files,
+        overcommit_of_mappings,
+        overcommit_of_pages,
     }
     // And to those who mean harm.
     hostile {
