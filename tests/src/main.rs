@@ -191,6 +191,14 @@ const TESTS: &[Test] = tests! {
     }
     // And to those who mean harm.
     hostile {
+        random_calls(args, seed: seed, args.operations),
+        ioctl_numbers(_args, seed: seed),
+        ioctl_numbers_of_32_bit_programs(_args, seed: seed),
+        closed_to_other_users,
+        pages_in_a_pipe,
+        io_uring_reads_after_an_unmap,
+        process_vm_writev_against_unmap,
+        ptrace_pokes,
     }
 };
 

@@ -1,0 +1,1316 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Random system calls of several unprivileged processes at once, on whatever they have.
+//!
+//! What a call returns does not matter. What must not happen: that a process is killed by anything
+//! but its own access, that something is not given back in the end, or that anyone sees a page of
+//! another user. For that, all these processes ever write is one byte, and zeros, so anything else
+//! they find is somebody else's. A witness, of another user, has memory of the same driver, full
+//! of another word, which it maps, unmaps and verifies all the time.
+
+use super::{HOSTILE, OTHER, Ring, become_user, pipe};
+use crate::sys::*;
+use anyhow::{Context, Result, bail, ensure};
+use std::collections::VecDeque;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU64, Ordering::*};
+use std::time::{Duration, Instant};
+use std::{fs, ptr};
+
+/// Pages that calls are about: two huge ones.
+const ARENA: usize = 1024;
+/// Where they are: far below all that the kernel itself finds a place for. So nothing else gets
+/// into holes of it, and nothing is near that a call could hit by going too far.
+const PLACE: usize = 0x20_0000_0000;
+/// The only byte that is written, and a word of it.
+const OWN: u8 = 0xa5;
+const OWN_WORD: u64 = u64::from_ne_bytes([OWN; 8]);
+/// What the witness writes, and how many pages of it.
+const SECRET: u64 = 0x5ec2_e7ed_5ec2_e7ed;
+const SECRET_PAGES: usize = 128;
+
+/// Processes that are kept running. They fork, up to a limit.
+const PROCESSES: i64 = 4;
+const LIMITS: [(libc::__rlimit_resource_t, u64); 6] = [
+    (libc::RLIMIT_NPROC, 12),
+    (libc::RLIMIT_AS, 256 << 20),
+    (libc::RLIMIT_MEMLOCK, 1 << 20),
+    (libc::RLIMIT_FSIZE, (ARENA * PAGE) as u64),
+    (libc::RLIMIT_NOFILE, 64),
+    (libc::RLIMIT_CORE, 0),
+];
+/// Descriptors a process keeps for calls.
+const FDS: usize = 24;
+
+/// What the processes share.
+struct Shared {
+    calls: AtomicU64,
+    /// Processes so far, which gives each a number of its own.
+    processes: AtomicU64,
+    /// Processes there are, by and large.
+    alive: AtomicI64,
+    pids: [AtomicI32; 16],
+    witness: AtomicI32,
+    witnessed: AtomicBool,
+}
+
+/// What comes of a call that succeeds.
+enum Gives {
+    Nothing,
+    Descriptor,
+    /// That many bytes of memory.
+    Memory(u64),
+    /// Nothing but errors.
+    Errors,
+}
+
+type Call = (i64, [u64; 6]);
+const NOTHING: Call = (libc::SYS_sched_yield, [0; 6]);
+
+struct Process<'a> {
+    rng: fastrand::Rng,
+    shared: &'a Shared,
+    arena: Map,
+    /// Where the witness has its memory.
+    secret: Map,
+    fds: Vec<OwnedFd>,
+    /// Mappings outside the arena.
+    elsewhere: VecDeque<Map>,
+    /// For arguments of calls in its first page, and for what they return in the others.
+    scratch: Map,
+    ring: Option<Ring>,
+    userfaultfd: Option<i32>,
+    pidfd: Option<OwnedFd>,
+    history: VecDeque<(Call, i64)>,
+}
+
+/// Addresses nobody has.
+const BAD: [u64; 8] = [
+    0,
+    1,
+    0x7fff_ffff_f000,
+    0x8000_0000_0000,
+    0xffff_8880_0000_0000,
+    0xffff_ffff_8100_0000,
+    0xffff_ffff_ff60_0000,
+    u64::MAX - 0xfff,
+];
+/// A length that wraps around, whatever it starts from but 0.
+const WRAPS: u64 = u64::MAX - 0xfff;
+
+const AT_EMPTY_PATH: u64 = libc::AT_EMPTY_PATH as u64;
+/// The ioctls of userfaultfd(2) about memory, and how many words their arguments have.
+const UFFDIO: [(u64, usize); 8] = [
+    (0xc020_aa00, 3), // REGISTER
+    (0x8010_aa01, 2), // UNREGISTER
+    (0xc028_aa03, 4), // COPY
+    (0xc020_aa04, 3), // ZEROPAGE
+    (0xc028_aa05, 4), // MOVE
+    (0xc018_aa06, 3), // WRITEPROTECT
+    (0xc020_aa07, 3), // CONTINUE
+    (0xc020_aa08, 3), // POISON
+];
+
+impl Process<'_> {
+    fn one<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.rng.usize(..of.len())]
+    }
+
+    /// Each of `of` with a probability of 1/4.
+    fn some(&mut self, of: &[i32]) -> u64 {
+        of.iter()
+            .filter(|_| self.rng.u8(..4) == 0)
+            .fold(0, |all, bit| all | *bit as u64)
+    }
+
+    /// A page of the arena, or of a file. As a rule one of the first, so that calls meet.
+    fn page(&mut self) -> usize {
+        match self.rng.u8(..4) {
+            0 => self.rng.usize(..ARENA),
+            _ => self.rng.usize(..48),
+        }
+    }
+
+    /// A part of the arena.
+    fn part(&mut self) -> Map {
+        let page = self.page();
+        let most = match self.rng.u8(..16) {
+            0 => ARENA,
+            _ => 8,
+        };
+        let pages = self.rng.usize(1..=most.min(ARENA - page));
+        self.arena.part(page, pages)
+    }
+
+    /// An address and a length: in the arena if it is anywhere.
+    fn range(&mut self) -> [u64; 2] {
+        let part = self.part();
+        let (addr, len) = (part.addr as u64, (part.pages * PAGE) as u64);
+        match self.rng.u8(..40) {
+            0 => [self.one(&BAD), PAGE as u64],
+            1 => [addr, WRAPS],
+            2 => [addr + self.rng.u64(1..PAGE as u64), len],
+            3 => [addr, self.rng.u64(..len)],
+            4 => [addr, 0],
+            _ => [addr, len],
+        }
+    }
+
+    /// As above, for data. Beyond the arena there is nothing, so any length will do.
+    fn data(&mut self) -> [u64; 2] {
+        let [addr, len] = self.range();
+        match self.rng.u8(..16) {
+            0 => [addr, 1 << self.rng.u8(20..63)],
+            1 => [addr + self.rng.u64(..64), len],
+            _ => [addr, len],
+        }
+    }
+
+    fn offset(&mut self) -> u64 {
+        let near = (self.page() * PAGE) as u64;
+        match self.rng.u8(..16) {
+            0 => i64::MAX as u64 & !0xfff,
+            1 => 1 << self.rng.u8(30..63),
+            2 => WRAPS,
+            3 => near + self.rng.u64(..PAGE as u64),
+            _ => near,
+        }
+    }
+
+    fn fd(&mut self) -> u64 {
+        match self.rng.u8(..40) {
+            0 => u64::MAX,
+            1 => libc::AT_FDCWD as u64,
+            _ if self.fds.is_empty() => u64::MAX,
+            // Those it started with are the ones with memory.
+            2..20 => self.fds[self.rng.usize(..self.fds.len().min(4))].as_raw_fd() as u64,
+            _ => self.fds[self.rng.usize(..self.fds.len())].as_raw_fd() as u64,
+        }
+    }
+
+    /// Puts words where a call finds them: their address.
+    fn words(&mut self, at: usize, words: &[u64]) -> u64 {
+        for (index, word) in words.iter().enumerate() {
+            // SAFETY: In the first page of what is for this only.
+            unsafe { self.scratch.word(0, at + index).write_volatile(*word) };
+        }
+        self.scratch.word(0, at) as u64
+    }
+
+    fn text(&mut self, text: &str) -> u64 {
+        let mut words = vec![0; text.len() / 8 + 1];
+        for (index, byte) in text.bytes().enumerate() {
+            words[index / 8] |= u64::from(byte) << (index % 8 * 8);
+        }
+        self.words(0, &words)
+    }
+
+    /// Where calls may put what they have to say.
+    fn out(&self) -> u64 {
+        self.scratch.word(1, 0) as u64
+    }
+
+    /// Up to four vectors.
+    fn vectors(&mut self, at: usize) -> [u64; 2] {
+        let number = self.rng.usize(1..=4);
+        let vectors: Vec<_> = (0..number).flat_map(|_| self.data()).collect();
+        [self.words(at, &vectors), number as u64]
+    }
+
+    fn pid(&mut self) -> u64 {
+        match self.rng.u8(..4) {
+            0 => std::process::id().into(),
+            1 => self.shared.witness.load(Relaxed) as u64,
+            _ => self.shared.pids[self.rng.usize(..16)].load(Relaxed) as u64,
+        }
+    }
+
+    /// What a call about process `pid` gives if it succeeds.
+    fn about(&self, pid: u64, gives: Gives) -> Gives {
+        if pid == self.shared.witness.load(Relaxed) as u64 {
+            Gives::Errors
+        } else {
+            gives
+        }
+    }
+
+    fn call(&mut self, call: Call) -> i64 {
+        let (number, [a, b, c, d, e, f]) = call;
+        if self.history.len() == 16 {
+            self.history.pop_front();
+        }
+        // SAFETY: Drawn so that only memory in the arena, of mappings that are known, or of the
+        // scratch pages is ever changed.
+        let ret = unsafe { libc::syscall(number, a, b, c, d, e, f) };
+        let ret = match cvt(if ret < 0 { -1 } else { 0 }) {
+            Ok(_) => ret,
+            Err(err) => -i64::from(err.raw_os_error().unwrap_or(1)),
+        };
+        self.history.push_back((call, ret));
+        ret
+    }
+
+    /// Fails if `[addr, addr + len)`, as far as it can be read, holds what none of these processes
+    /// wrote.
+    fn look(&mut self, addr: u64, len: usize) -> Result<()> {
+        let room = (self.scratch.pages - 1) * PAGE;
+        let (mut addr, mut left) = (addr, len);
+        while left > 0 {
+            let ours = libc::iovec {
+                iov_base: self.out() as *mut _,
+                iov_len: room.min(left),
+            };
+            let theirs = libc::iovec {
+                iov_base: addr as *mut _,
+                ..ours
+            };
+            // Not as this process would: what cannot be read ends it, and no more.
+            // SAFETY: The scratch pages have room for that much.
+            let got = unsafe {
+                libc::process_vm_readv(std::process::id() as i32, &ours, 1, &theirs, 1, 0)
+            };
+            if got <= 0 {
+                break;
+            }
+            // SAFETY: So much was just written there, and nobody writes any more.
+            let bytes =
+                unsafe { std::slice::from_raw_parts(self.out() as *const u8, got as usize) };
+            if let Some(at) = bytes.iter().position(|byte| ![0, OWN].contains(byte)) {
+                let seen = &bytes[at & !7..][..8.min(bytes.len() - (at & !7))];
+                bail!(
+                    "at {:#x} there is somebody else's {seen:x?}",
+                    addr + at as u64
+                );
+            }
+            addr += got as u64;
+            left -= got as usize;
+        }
+        Ok(())
+    }
+
+    /// Uses memory as this process would. Not all of it may be there; then it ends here.
+    fn touch(&mut self, map: Map) {
+        for page in 0..map.pages.min(8) {
+            if map.read(page) == 0 && self.rng.bool() {
+                // SAFETY: Inside the mapping.
+                unsafe { ptr::write_bytes(map.part(page, 1).addr, OWN, PAGE) };
+            }
+        }
+    }
+
+    fn step(&mut self) -> Result<()> {
+        let (gives, call) = match self.rng.u8(..128) {
+            0..28 => self.draw_mapping(),
+            28..52 => self.draw_memory(),
+            52..78 => self.draw_data(),
+            78..104 => self.draw_file(),
+            104..110 => self.draw_others(),
+            110..114 => return self.complete_one(),
+            114..117 => return self.userfault(),
+            117 => return self.poke(),
+            118 => return self.fork(),
+            119 => match self.rng.u8(..8) {
+                0 => exit(0),
+                1 => {
+                    let part = self.part();
+                    self.touch(part);
+                    return Ok(());
+                }
+                _ => (Gives::Nothing, NOTHING),
+            },
+            _ => {
+                let part = self.part();
+                return self.look(part.addr as u64, 16 * PAGE);
+            }
+        };
+        let ret = self.call(call);
+        if ret < 0 {
+            return Ok(());
+        }
+        match gives {
+            Gives::Nothing => Ok(()),
+            Gives::Descriptor => {
+                self.keep(ret as i32);
+                Ok(())
+            }
+            Gives::Memory(len) => self.mapped(ret as u64, len),
+            Gives::Errors => bail!("this succeeded: {call:x?}"),
+        }
+    }
+
+    /// Takes a new descriptor for further calls, if it is of a file or a pipe: what others say is
+    /// the kernel's word, not that of these processes.
+    fn keep(&mut self, fd: i32) {
+        // SAFETY: The result is ours to write. The descriptor is new.
+        let (stat, fd) = unsafe {
+            let mut stat: libc::stat = std::mem::zeroed();
+            libc::fstat(fd, &mut stat);
+            (stat, OwnedFd::from_raw_fd(fd))
+        };
+        match stat.st_mode & libc::S_IFMT {
+            libc::S_IFREG | libc::S_IFCHR | libc::S_IFIFO if self.fds.len() < FDS => {
+                self.fds.push(fd)
+            }
+            libc::S_IFREG | libc::S_IFCHR | libc::S_IFIFO => {
+                let old = self.rng.usize(..FDS);
+                self.fds[old] = fd;
+            }
+            _ => {}
+        }
+    }
+
+    /// Takes note of new memory, looks what is in it, and uses some.
+    fn mapped(&mut self, addr: u64, len: u64) -> Result<()> {
+        let map = Map {
+            addr: addr as *mut u8,
+            pages: len.div_ceil(PAGE as u64) as usize,
+        };
+        let arena = self.arena.addr as u64;
+        if !(arena..arena + (ARENA * PAGE) as u64).contains(&addr) {
+            self.elsewhere.push_back(map);
+        }
+        self.look(addr, map.pages.min(64) * PAGE)?;
+        if self.rng.u8(..4) == 0
+            && self.call((libc::SYS_mprotect, [addr, len, RW as u64, 0, 0, 0])) == 0
+        {
+            self.touch(map);
+        }
+        if self.elsewhere.len() > 6 {
+            if let Some(old) = self.elsewhere.pop_front() {
+                old.unmap()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// mmap, munmap, mremap.
+    fn draw_mapping(&mut self) -> (Gives, Call) {
+        let [addr, len] = self.range();
+        match self.rng.u8(..28) {
+            0..16 => {
+                let place = match self.rng.u8(..8) {
+                    0 => 0,
+                    1 => libc::MAP_FIXED_NOREPLACE,
+                    _ => libc::MAP_FIXED,
+                };
+                let prot = match self.rng.u8(..4) {
+                    0 => self.some(&[1, 2, 4, 8, 0x100_0000, 0x200_0000, 1 << 30]),
+                    _ => RW as u64,
+                };
+                let kind = self.one(&[
+                    libc::MAP_SHARED,
+                    libc::MAP_SHARED,
+                    libc::MAP_SHARED,
+                    libc::MAP_SHARED,
+                    libc::MAP_PRIVATE,
+                    libc::MAP_SHARED_VALIDATE,
+                    libc::MAP_DROPPABLE,
+                    0,
+                ]);
+                let more = match self.rng.u8(..4) {
+                    0 => self.some(&[
+                        libc::MAP_ANONYMOUS,
+                        libc::MAP_GROWSDOWN,
+                        libc::MAP_LOCKED,
+                        libc::MAP_NORESERVE,
+                        libc::MAP_POPULATE,
+                        libc::MAP_NONBLOCK,
+                        libc::MAP_STACK,
+                        libc::MAP_HUGETLB,
+                        libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+                        libc::MAP_SYNC,
+                        libc::MAP_32BIT,
+                        1 << 24,
+                    ]),
+                    _ => 0,
+                };
+                let flags = (place | kind) as u64 | more;
+                (
+                    Gives::Memory(len),
+                    (
+                        libc::SYS_mmap,
+                        [addr, len, prot, flags, self.fd(), self.offset()],
+                    ),
+                )
+            }
+            16..21 => (Gives::Nothing, (libc::SYS_munmap, [addr, len, 0, 0, 0, 0])),
+            _ => {
+                let flags = self.one(&[0, 1, 1, 3, 3, 3, 5, 7, 2, 4, 8]);
+                let old = if self.rng.u8(..8) == 0 { 0 } else { len };
+                let [to, new] = self.range();
+                (
+                    Gives::Memory(new),
+                    (libc::SYS_mremap, [addr, old, new, flags, to, 0]),
+                )
+            }
+        }
+    }
+
+    /// Calls about memory that is there.
+    fn draw_memory(&mut self) -> (Gives, Call) {
+        let [addr, len] = self.range();
+        let (number, [c, d, e, f]) = match self.rng.u8(..24) {
+            0..3 => (
+                libc::SYS_mprotect,
+                [self.some(&[1, 2, 2, 4, 8, 0x100_0000, 0x200_0000]), 0, 0, 0],
+            ),
+            3..11 => {
+                let advice = match self.rng.u8(..4) {
+                    0 => 95 + self.rng.u64(..10),
+                    _ => self.rng.u64(..28),
+                };
+                (libc::SYS_madvise, [advice, 0, 0, 0])
+            }
+            11 => (libc::SYS_mlock2, [self.rng.u64(..3), 0, 0, 0]),
+            12 => (libc::SYS_munlock, [0; 4]),
+            13 => (libc::SYS_msync, [self.rng.u64(..8), 0, 0, 0]),
+            14 => (libc::SYS_mincore, [self.out(), 0, 0, 0]),
+            15 => {
+                let page = self.offset() / PAGE as u64;
+                (libc::SYS_remap_file_pages, [0, page, 0, 0])
+            }
+            16 => {
+                let nodes = self.rng.u64(..4);
+                let nodes = self.words(0, &[nodes]);
+                (
+                    libc::SYS_mbind,
+                    [self.rng.u64(..8), nodes, 64, self.rng.u64(..8)],
+                )
+            }
+            17 if self.rng.u8(..8) == 0 => (libc::SYS_mseal, [0; 4]),
+            _ => {
+                let pid = self.shared.pids[self.rng.usize(..16)].load(Relaxed) as u64;
+                let [vectors, number] = self.vectors(0);
+                let [theirs, more] = self.vectors(64);
+                let call = self.one(&[libc::SYS_process_vm_readv, libc::SYS_process_vm_writev]);
+                return (
+                    Gives::Nothing,
+                    (call, [pid, vectors, number, theirs, more, 0]),
+                );
+            }
+        };
+        (Gives::Nothing, (number, [addr, len, c, d, e, f]))
+    }
+
+    /// Calls that move data.
+    fn draw_data(&mut self) -> (Gives, Call) {
+        let (fd, to) = (self.fd(), self.fd());
+        let [addr, len] = self.data();
+        let offset = self.offset();
+        let call = match self.rng.u8(..18) {
+            0 => (libc::SYS_read, [fd, addr, len, 0, 0, 0]),
+            1 | 2 => (libc::SYS_write, [fd, addr, len, 0, 0, 0]),
+            3 => (libc::SYS_pread64, [fd, addr, len, offset, 0, 0]),
+            4 | 5 => (libc::SYS_pwrite64, [fd, addr, len, offset, 0, 0]),
+            6 => {
+                let [vectors, number] = self.vectors(0);
+                (libc::SYS_readv, [fd, vectors, number, 0, 0, 0])
+            }
+            7 | 8 => {
+                let number = self.one(&[libc::SYS_preadv2, libc::SYS_pwritev2]);
+                let flags = match self.rng.bool() {
+                    true => 1 << self.rng.u64(..10),
+                    false => 0,
+                };
+                let [vectors, count] = self.vectors(0);
+                (number, [fd, vectors, count, offset, 0, flags])
+            }
+            9 => (libc::SYS_lseek, [fd, offset, self.rng.u64(..6), 0, 0, 0]),
+            10 => (libc::SYS_sendfile, [to, fd, 0, len, 0, 0]),
+            11 => {
+                let at = self.words(0, &[offset]);
+                (libc::SYS_sendfile, [to, fd, at, len, 0, 0])
+            }
+            12 => {
+                let [from, into] = [self.words(0, &[offset]), self.words(1, &[offset ^ 0x3000])];
+                (libc::SYS_copy_file_range, [fd, from, to, into, len, 0])
+            }
+            13 | 14 => {
+                let from = self.words(0, &[offset]);
+                let [from, into] = self.one(&[[0, 0], [from, 0], [0, from], [from, from]]);
+                (
+                    libc::SYS_splice,
+                    [fd, from, to, into, len, self.rng.u64(..16)],
+                )
+            }
+            15 => (libc::SYS_tee, [fd, to, len, self.rng.u64(..16), 0, 0]),
+            _ => {
+                let [vectors, number] = self.vectors(0);
+                (
+                    libc::SYS_vmsplice,
+                    [fd, vectors, number, self.rng.u64(..16), 0, 0],
+                )
+            }
+        };
+        (Gives::Nothing, call)
+    }
+
+    /// Calls about files.
+    fn draw_file(&mut self) -> (Gives, Call) {
+        let fd = self.fd();
+        let (offset, out) = (self.offset(), self.out());
+        let nothing = |call| (Gives::Nothing, call);
+        match self.rng.u8(..34) {
+            0..5 => self.draw_ioctl(fd),
+            5..9 => self.draw_open(),
+            9..12 => self.draw_fcntl(fd),
+            12 | 13 => {
+                let len = self.range()[1];
+                let mode = self.one(&[0, 1, 2, 3, 3, 3, 8, 16, 17, 32, 64, 128, 1 << 20]);
+                nothing((libc::SYS_fallocate, [fd, mode, offset, len, 0, 0]))
+            }
+            14 => nothing((libc::SYS_ftruncate, [fd, offset, 0, 0, 0, 0])),
+            15 => {
+                let call = self.one(&[libc::SYS_fsync, libc::SYS_fdatasync, libc::SYS_syncfs]);
+                nothing((call, [fd, 0, 0, 0, 0, 0]))
+            }
+            16 => {
+                let call = self.one(&[libc::SYS_fadvise64, libc::SYS_sync_file_range]);
+                nothing((call, [fd, offset, 0x10000, self.rng.u64(..8), 0, 0]))
+            }
+            17 => nothing((
+                libc::SYS_flock,
+                [fd, self.one(&[1, 2, 8]) | libc::LOCK_NB as u64, 0, 0, 0, 0],
+            )),
+            18 => {
+                let empty = self.words(0, &[0]);
+                nothing(self.one(&[
+                    (libc::SYS_fstat, [fd, out, 0, 0, 0, 0]),
+                    (libc::SYS_fstatfs, [fd, out, 0, 0, 0, 0]),
+                    (libc::SYS_statx, [fd, empty, AT_EMPTY_PATH, 0xfff, out, 0]),
+                ]))
+            }
+            19 => {
+                let mode = self.rng.u64(..0o10000);
+                nothing(self.one(&[
+                    (libc::SYS_fchmod, [fd, mode, 0, 0, 0, 0]),
+                    (libc::SYS_fchown, [fd, HOSTILE.into(), u64::MAX, 0, 0, 0]),
+                    (libc::SYS_fchown, [fd, OTHER.into(), u64::MAX, 0, 0, 0]),
+                ]))
+            }
+            20 => {
+                let name = self.one(&["user.a", "security.capability", "trusted.a", "a"]);
+                let name = self.text(name);
+                nothing(self.one(&[
+                    (libc::SYS_fsetxattr, [fd, name, out, 64, 0, 0]),
+                    (libc::SYS_fgetxattr, [fd, name, out, 4096, 0, 0]),
+                    (libc::SYS_flistxattr, [fd, out, 4096, 0, 0, 0]),
+                    (libc::SYS_fremovexattr, [fd, name, 0, 0, 0, 0]),
+                ]))
+            }
+            21 => {
+                // A handle, and then an attempt to open it.
+                let empty = self.words(0, &[0]);
+                let handle = self.words(8, &[64]);
+                let id = out;
+                self.call((
+                    libc::SYS_name_to_handle_at,
+                    [fd, empty, handle, id, AT_EMPTY_PATH, 0],
+                ));
+                (
+                    Gives::Errors,
+                    (
+                        libc::SYS_open_by_handle_at,
+                        [fd, handle, libc::O_RDWR as u64, 0, 0, 0],
+                    ),
+                )
+            }
+            22 => {
+                // Nothing here may be executed.
+                let (empty, none) = (self.words(0, &[0]), self.words(1, &[0]));
+                (
+                    Gives::Errors,
+                    (
+                        libc::SYS_execveat,
+                        [fd, empty, none, none, AT_EMPTY_PATH, 0],
+                    ),
+                )
+            }
+            23 => {
+                let place = self.text("/tmp");
+                (
+                    Gives::Errors,
+                    self.one(&[
+                        (libc::SYS_mount, [place, place, 0, libc::MS_BIND, 0, 0]),
+                        (libc::SYS_umount2, [place, 2, 0, 0, 0, 0]),
+                        (libc::SYS_swapon, [place, 0, 0, 0, 0, 0]),
+                        (libc::SYS_acct, [place, 0, 0, 0, 0, 0]),
+                    ]),
+                )
+            }
+            24 => {
+                let event = self.words(0, &[0xffff_ffff, 0]);
+                let polled = fd & 0xffff_ffff | (0xffff << 32);
+                let polled = self.words(2, &[polled]);
+                let epoll = self.call((libc::SYS_epoll_create1, [0; 6]));
+                if epoll >= 0 {
+                    self.call((libc::SYS_epoll_ctl, [epoll as u64, 1, fd, event, 0, 0]));
+                    self.call((libc::SYS_epoll_wait, [epoll as u64, out, 8, 0, 0, 0]));
+                    self.call((libc::SYS_close, [epoll as u64, 0, 0, 0, 0, 0]));
+                }
+                nothing((libc::SYS_poll, [polled, 1, 0, 0, 0, 0]))
+            }
+            25 => {
+                let now = self.words(0, &[0, 0]);
+                let fds = self.rng.u64(..);
+                let fds = self.words(2, &[fds]);
+                nothing((libc::SYS_select, [64, fds, 0, 0, now, 0]))
+            }
+            26 => {
+                let path = self.text(&format!("/proc/self/fd/{fd}"));
+                let inotify = self.call((
+                    libc::SYS_inotify_init1,
+                    [libc::O_NONBLOCK as u64, 0, 0, 0, 0, 0],
+                ));
+                if inotify >= 0 {
+                    let inotify = inotify as u64;
+                    self.call((libc::SYS_inotify_add_watch, [inotify, path, 0xfff, 0, 0, 0]));
+                    let data = self.data();
+                    self.call((libc::SYS_write, [fd, data[0], data[1], 0, 0, 0]));
+                    self.call((libc::SYS_read, [inotify, out, 256, 0, 0, 0]));
+                    self.call((libc::SYS_close, [inotify, 0, 0, 0, 0, 0]));
+                }
+                nothing(NOTHING)
+            }
+            27 => (Gives::Descriptor, (libc::SYS_dup, [fd, 0, 0, 0, 0, 0])),
+            28..30 => {
+                let name = self.text("memfd");
+                (
+                    Gives::Descriptor,
+                    (libc::SYS_memfd_create, [name, 0, 0, 0, 0, 0]),
+                )
+            }
+            30 => {
+                if let Ok(fds) = pipe() {
+                    fds.into_iter().for_each(|fd| self.keep(fd.into_raw_fd()));
+                }
+                nothing(NOTHING)
+            }
+            _ => {
+                if !self.fds.is_empty() {
+                    let old = self.rng.usize(..self.fds.len());
+                    drop(self.fds.swap_remove(old));
+                }
+                nothing(NOTHING)
+            }
+        }
+    }
+
+    fn draw_ioctl(&mut self, fd: u64) -> (Gives, Call) {
+        if self.rng.bool() {
+            let command = match self.rng.bool() {
+                true => self.rng.u64(..0x1_0000),
+                false => self.rng.u64(..0x1_0000_0000),
+            };
+            let arg = match self.rng.bool() {
+                true => self.out(),
+                false => self.one(&BAD),
+            };
+            return (
+                Gives::Nothing,
+                (libc::SYS_ioctl, [fd, command, arg, 0, 0, 0]),
+            );
+        }
+        let flags = self.one(&[0, 1, 1, 2, 1 << 32, u64::MAX]);
+        let good = self.words(0, &[flags]);
+        let [anywhere, _] = self.range();
+        let end = self.scratch.addr as u64 + (self.scratch.pages * PAGE) as u64;
+        let bad = self.one(&BAD);
+        let arg = self.one(&[good, good, good, good + 1, anywhere, end - 4, bad]);
+        (
+            Gives::Descriptor,
+            (libc::SYS_ioctl, [fd, DEVANON_IOC_NEW, arg, 0, 0, 0]),
+        )
+    }
+
+    fn draw_open(&mut self) -> (Gives, Call) {
+        // Not to wait: for whoever has a lease, or the other end of a pipe.
+        let flags = self.one(&[libc::O_RDWR, libc::O_RDWR, libc::O_RDONLY, libc::O_WRONLY]) as u64
+            | libc::O_NONBLOCK as u64
+            | self.some(&[libc::O_PATH, libc::O_TRUNC, libc::O_APPEND, libc::O_DIRECT]);
+        let own = self.fd() as i32;
+        let pid = self.pid();
+        let number = self.rng.u8(3..40);
+        let part = self.part();
+        let map = part.addr as u64;
+        let end = map + (part.pages * PAGE) as u64;
+        let (gives, path) = match self.rng.u8(..7) {
+            0 | 1 => (Gives::Descriptor, DEVICE.to_owned()),
+            2 | 3 => (Gives::Descriptor, format!("/proc/self/fd/{own}")),
+            4 => (
+                self.about(pid, Gives::Descriptor),
+                format!("/proc/{pid}/fd/{number}"),
+            ),
+            // Only for the privileged.
+            5 => (
+                Gives::Errors,
+                format!("/proc/self/map_files/{map:x}-{end:x}"),
+            ),
+            _ => {
+                let secret = self.secret.addr as u64;
+                let end = secret + (SECRET_PAGES * PAGE) as u64;
+                let witness = self.shared.witness.load(Relaxed);
+                let name = self.one(&["mem", "maps", "environ", "pagemap", "fdinfo/3", "root"]);
+                let path = match self.rng.bool() {
+                    true => format!("/proc/{witness}/map_files/{secret:x}-{end:x}"),
+                    false => format!("/proc/{witness}/{name}"),
+                };
+                (Gives::Errors, path)
+            }
+        };
+        // Opened as a path only, these say nothing.
+        let flags = match gives {
+            Gives::Errors => flags & !(libc::O_PATH as u64),
+            _ => flags,
+        };
+        let path = self.text(&path);
+        (
+            gives,
+            (
+                libc::SYS_openat,
+                [libc::AT_FDCWD as u64, path, flags, 0, 0, 0],
+            ),
+        )
+    }
+
+    fn draw_fcntl(&mut self, fd: u64) -> (Gives, Call) {
+        const F_SET_RW_HINT: i32 = 1036;
+        // A lock: of type, from whence, of a range.
+        let lock = [
+            self.rng.u64(..3) | (self.rng.u64(..3) << 16),
+            self.offset(),
+            self.range()[1],
+            0,
+        ];
+        let lock = self.words(0, &lock);
+        let hint = self.rng.u64(..8);
+        let hint = self.words(8, &[hint]);
+        let command = self.one(&[
+            libc::F_DUPFD,
+            libc::F_DUPFD_CLOEXEC,
+            libc::F_GETFL,
+            libc::F_SETFL,
+            libc::F_SETFD,
+            libc::F_SETLK,
+            libc::F_OFD_SETLK,
+            libc::F_GETLK,
+            libc::F_SETLEASE,
+            libc::F_GETLEASE,
+            libc::F_NOTIFY,
+            libc::F_SETPIPE_SZ,
+            libc::F_ADD_SEALS,
+            libc::F_GET_SEALS,
+            F_SET_RW_HINT,
+            libc::F_SETOWN,
+        ]);
+        let (gives, arg) = match command {
+            libc::F_DUPFD | libc::F_DUPFD_CLOEXEC => (Gives::Descriptor, 3),
+            libc::F_SETLK | libc::F_OFD_SETLK | libc::F_GETLK => (Gives::Nothing, lock),
+            F_SET_RW_HINT => (Gives::Nothing, hint),
+            libc::F_SETOWN => (Gives::Nothing, std::process::id().into()),
+            libc::F_SETPIPE_SZ => (Gives::Nothing, self.one(&[0, 4096, 0x2_0000, 1 << 40])),
+            libc::F_SETFL => (
+                Gives::Nothing,
+                self.some(&[
+                    libc::O_APPEND,
+                    libc::O_ASYNC,
+                    libc::O_DIRECT,
+                    libc::O_NOATIME,
+                ]) | self.one(&[0, libc::O_NONBLOCK as u64, libc::O_NONBLOCK as u64]),
+            ),
+            _ => (Gives::Nothing, self.rng.u64(..64)),
+        };
+        (gives, (libc::SYS_fcntl, [fd, command as u64, arg, 0, 0, 0]))
+    }
+
+    /// Calls about other processes: those of the same user, and the witness.
+    fn draw_others(&mut self) -> (Gives, Call) {
+        let pid = self.pid();
+        let witness = self.shared.witness.load(Relaxed) as u64;
+        if self.rng.u8(..16) == 0 && pid > 1 && pid != witness {
+            return (
+                Gives::Nothing,
+                (libc::SYS_kill, [pid, libc::SIGTERM as u64, 0, 0, 0, 0]),
+            );
+        }
+        // SAFETY: A descriptor that is new.
+        let pidfd = match self.call((libc::SYS_pidfd_open, [pid, 0, 0, 0, 0, 0])) {
+            fd @ 0.. => unsafe { OwnedFd::from_raw_fd(fd as i32) },
+            _ => return (Gives::Nothing, NOTHING),
+        };
+        let fd = pidfd.as_raw_fd() as u64;
+        self.pidfd = Some(pidfd);
+        let [vectors, number] = self.vectors(0);
+        let theirs = self.words(66, &[self.secret.addr as u64, PAGE as u64]);
+        let ours = self.words(64, &[self.out(), PAGE as u64]);
+        let secret = self.words(68, &[self.secret.addr as u64]);
+        let advice = self.one(&[3, 4, 20, 21, 25]);
+        let stolen = self.rng.u64(3..40);
+        match self.rng.u8(..5) {
+            0 => (
+                self.about(pid, Gives::Nothing),
+                (
+                    libc::SYS_process_madvise,
+                    [fd, vectors, number, advice, 0, 0],
+                ),
+            ),
+            1 => (
+                self.about(pid, Gives::Descriptor),
+                (libc::SYS_pidfd_getfd, [fd, stolen, 0, 0, 0, 0]),
+            ),
+            2 => {
+                let call = self.one(&[libc::SYS_process_vm_readv, libc::SYS_process_vm_writev]);
+                (Gives::Errors, (call, [witness, ours, 1, theirs, 1, 0]))
+            }
+            3 => (
+                Gives::Errors,
+                (
+                    libc::SYS_ptrace,
+                    [libc::PTRACE_SEIZE.into(), witness, 0, 0, 0, 0],
+                ),
+            ),
+            _ => {
+                let out = self.out();
+                (
+                    Gives::Errors,
+                    (libc::SYS_move_pages, [witness, 1, secret, 0, out, 0]),
+                )
+            }
+        }
+    }
+
+    /// One entry of the io_uring, or one set of registered buffers.
+    fn complete_one(&mut self) -> Result<()> {
+        let Some(ring) = &self.ring else {
+            self.ring = Ring::new().ok();
+            return Ok(());
+        };
+        while ring.next().is_some() {}
+        let wait = u32::from(self.rng.bool());
+        // Nothing here has to succeed.
+        match self.rng.u8(..16) {
+            0 => self.ring = None,
+            1 => drop(ring.register(&[])),
+            2 | 3 => {
+                let buffers: Vec<_> = (0..4)
+                    .map(|_| self.data())
+                    .map(|[addr, len]| libc::iovec {
+                        iov_base: addr as *mut _,
+                        iov_len: len as usize,
+                    })
+                    .collect();
+                if let Some(ring) = &self.ring {
+                    drop(ring.register(&buffers));
+                }
+            }
+            _ => {
+                let (fd, other, [addr, len]) = (self.fd(), self.fd(), self.data());
+                let offset = match self.rng.bool() {
+                    true => u64::MAX,
+                    false => self.offset(),
+                };
+                // READ_FIXED, WRITE_FIXED, FALLOCATE, READ, WRITE, MADVISE, SPLICE, TEE
+                let code = self.one(&[4, 4, 4, 5, 5, 5, 17, 22, 23, 25, 30, 33]);
+                // Sometimes by a worker.
+                let flags = self.one(&[0, 0, 1 << 4]);
+                let more = match code {
+                    25 => self.one(&[4, 9, 20, 21]) << 32,
+                    _ => 0,
+                };
+                let (addr, len, index) = match code {
+                    17 => (len, self.one(&[0, 1, 3]), 0),
+                    30 | 33 => (u64::MAX, len, other << 32),
+                    _ => (addr, len, self.rng.u64(..4)),
+                };
+                let first = code | (flags << 8) | (fd << 32);
+                let entry = [
+                    first,
+                    offset,
+                    addr,
+                    len & 0xffff_ffff | more,
+                    0,
+                    index,
+                    0,
+                    0,
+                ];
+                if let Some(ring) = &self.ring {
+                    let _ = ring.submit(entry).and_then(|()| ring.enter(0, wait));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// userfaultfd, in the kind that sends a signal, so that nobody waits for us.
+    fn userfault(&mut self) -> Result<()> {
+        const USER_MODE_ONLY: u64 = 1;
+        const UFFDIO_API: u64 = 0xc018_aa3f;
+        const SIGBUS: u64 = 1 << 7;
+        let Some(fd) = self.userfaultfd else {
+            let flags = USER_MODE_ONLY | libc::O_NONBLOCK as u64;
+            let fd = self.call((libc::SYS_userfaultfd, [flags, 0, 0, 0, 0, 0]));
+            let more = self.one(&[0, 1 << 5, 1 << 10, (1 << 5) | (1 << 10), 1 << 12]);
+            let api = self.words(0, &[0xaa, SIGBUS | more, 0]);
+            if fd < 0 {
+                return Ok(());
+            }
+            if self.call((libc::SYS_ioctl, [fd as u64, UFFDIO_API, api, 0, 0, 0])) < 0 {
+                self.call((libc::SYS_close, [fd as u64, 0, 0, 0, 0, 0]));
+            } else {
+                self.userfaultfd = Some(fd as i32);
+            }
+            return Ok(());
+        };
+        if self.rng.u8(..16) == 0 {
+            self.userfaultfd = None;
+            self.call((libc::SYS_close, [fd as u64, 0, 0, 0, 0, 0]));
+            return Ok(());
+        }
+        let (number, words) = self.one(&UFFDIO);
+        let ([addr, len], [from, _]) = (self.range(), self.range());
+        let mode = self.rng.u64(..8);
+        let arg = match words {
+            4 => [addr, from, len, mode & 1],
+            _ => [addr, len, mode, 0],
+        };
+        let arg = self.words(0, &arg);
+        self.call((libc::SYS_ioctl, [fd as u64, number, arg, 0, 0, 0]));
+        Ok(())
+    }
+
+    /// Writes into the arena of a traced child, as a debugger would.
+    fn poke(&mut self) -> Result<()> {
+        let parent = std::process::id();
+        // SAFETY: Single-threaded; the child stops at once, and dies with its parent.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            // SAFETY: No memory involved.
+            unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                if libc::getppid() as u32 == parent {
+                    libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0);
+                    libc::raise(libc::SIGSTOP);
+                }
+            }
+            exit(0);
+        }
+        if pid < 0 {
+            return Ok(());
+        }
+        let wait = |flags| loop {
+            // SAFETY: No status is asked for.
+            let ret = unsafe { libc::waitpid(pid, ptr::null_mut(), flags) };
+            // The timer may interrupt it.
+            if cvt(ret).map_err(|err| err.kind()) != Err(std::io::ErrorKind::Interrupted) {
+                break;
+            }
+        };
+        wait(libc::WUNTRACED);
+        for _ in 0..8 {
+            let [addr, _] = self.data();
+            let number = self.one(&[libc::PTRACE_POKEDATA, libc::PTRACE_PEEKDATA]);
+            // What was peeked is left where it can be looked at.
+            let value = match number {
+                libc::PTRACE_POKEDATA => OWN_WORD,
+                _ => self.out(),
+            };
+            if self.call((
+                libc::SYS_ptrace,
+                [number.into(), pid as u64, addr, value, 0, 0],
+            )) == 0
+            {
+                self.look(addr, 8)?;
+            }
+        }
+        // SAFETY: Our own child.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+        wait(0);
+        Ok(())
+    }
+
+    /// One more process like this one, with the same parent.
+    fn fork(&mut self) -> Result<()> {
+        let flags = (libc::CLONE_PARENT | libc::SIGCHLD) as u64;
+        self.shared.alive.fetch_add(1, Relaxed);
+        match self.call((libc::SYS_clone, [flags, 0, 0, 0, 0, 0])) {
+            0 => self.begin(),
+            1.. => Ok(()),
+            _ => {
+                self.shared.alive.fetch_sub(1, Relaxed);
+                Ok(())
+            }
+        }
+    }
+
+    /// What every process has to do for itself.
+    fn begin(&mut self) -> Result<()> {
+        let number = self.shared.processes.fetch_add(1, Relaxed);
+        self.rng = fastrand::Rng::with_seed(self.rng.u64(..) ^ number);
+        self.shared.pids[number as usize % 16].store(std::process::id() as i32, Relaxed);
+        // The other process's.
+        self.ring = None;
+        // Ends every wait, again and again.
+        let soon = libc::timeval {
+            tv_sec: 0,
+            tv_usec: 200_000,
+        };
+        let timer = libc::itimerval {
+            it_interval: soon,
+            it_value: soon,
+        };
+        // SAFETY: The timer is read, and no old one asked for.
+        cvt(unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, ptr::null_mut()) })?;
+        Ok(())
+    }
+}
+
+fn exit(status: i32) -> ! {
+    // SAFETY: Ends this process.
+    unsafe { libc::_exit(status) }
+}
+
+/// A process that makes calls until there were `calls` of all processes.
+fn run(
+    shared: &Shared,
+    seed: u64,
+    calls: u64,
+    arena: Map,
+    secret: Map,
+    fds: &[OwnedFd],
+) -> Result<()> {
+    extern "C" fn interrupt(_: i32) {}
+    let handler: extern "C" fn(i32) = interrupt;
+    become_user(HOSTILE)?;
+    // SAFETY: The handler does nothing, and calls that it interrupts are not begun again.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = handler as usize;
+        cvt(libc::sigaction(libc::SIGALRM, &action, ptr::null_mut()))?;
+        for signal in [libc::SIGPIPE, libc::SIGXFSZ, libc::SIGIO] {
+            libc::signal(signal, libc::SIG_IGN);
+        }
+        for signal in [libc::SIGSEGV, libc::SIGBUS] {
+            libc::signal(signal, libc::SIG_DFL);
+        }
+    }
+    let mut own = fds
+        .iter()
+        .map(OwnedFd::try_clone)
+        .collect::<std::io::Result<Vec<_>>>()?;
+    own.extend([device()?, ioctl_file(ARENA)?, memfd(ARENA)?]);
+    own.extend(pipe()?);
+    let scratch = Map::reserve(17)?.cover_anonymous()?;
+    for (what, most) in LIMITS {
+        let limit = libc::rlimit {
+            rlim_cur: most,
+            rlim_max: most,
+        };
+        // SAFETY: The limit is read.
+        cvt(unsafe { libc::setrlimit(what, &limit) })?;
+    }
+    let mut process = Process {
+        rng: fastrand::Rng::with_seed(seed),
+        shared,
+        arena,
+        secret,
+        fds: own,
+        elsewhere: VecDeque::new(),
+        scratch,
+        ring: None,
+        userfaultfd: None,
+        pidfd: None,
+        history: VecDeque::new(),
+    };
+    process.begin()?;
+    while shared.calls.fetch_add(1, Relaxed) < calls {
+        if let Err(err) = process.step() {
+            for (call, ret) in &process.history {
+                eprintln!("# call {call:x?}: {ret}");
+            }
+            return Err(err);
+        }
+    }
+    Ok(())
+}
+
+/// Keeps processes running until all calls were made. They are the only children of this one.
+fn keep_running(shared: &Shared, calls: u64, spawn: impl Fn() -> Result<()>) -> Result<()> {
+    let (mut faults, mut ended) = (0, 0);
+    loop {
+        while shared.calls.load(Relaxed) < calls && shared.alive.load(Relaxed) < PROCESSES {
+            shared.alive.fetch_add(1, Relaxed);
+            drop(fork(|_| spawn())?);
+        }
+        let mut status = 0;
+        // SAFETY: The status is ours to write.
+        match cvt(unsafe { libc::waitpid(-1, &mut status, 0) }) {
+            Ok(_) => ended += 1,
+            Err(err) if err.raw_os_error() != Some(libc::ECHILD) => return Err(err.into()),
+            Err(_) if shared.calls.load(Relaxed) < calls => {
+                // One was killed when it had counted the child it was about to have.
+                shared.alive.store(0, Relaxed);
+                continue;
+            }
+            Err(_) => break,
+        }
+        shared.alive.fetch_sub(1, Relaxed);
+        match (libc::WIFSIGNALED(status), libc::WTERMSIG(status)) {
+            (true, libc::SIGSEGV | libc::SIGBUS) => faults += 1,
+            (true, libc::SIGTERM) => {}
+            (true, signal) => bail!("a process was killed by signal {signal}"),
+            (false, _) => ensure!(status == 0, "a process failed: status {status:#x}"),
+        }
+    }
+    println!("{ended} processes, {faults} of them ended by their own access");
+    Ok(())
+}
+
+/// Has memory full of secrets, and looks whether they stay, and stay its own.
+fn witness(shared: &Shared, place: Map, seed: u64) -> Result<()> {
+    become_user(OTHER)?;
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let half = SECRET_PAGES / 2;
+    let objects = [
+        (device()?, place.part(0, half)),
+        (ioctl_file(half)?, place.part(half, half)),
+    ];
+    let words = |map: Map| {
+        (0..map.pages).flat_map(move |page| (0..PAGE / 8).map(move |at| map.word(page, at)))
+    };
+    let fill = |map: Map| {
+        // SAFETY: Inside a mapping of this process.
+        words(map).for_each(|word| unsafe { word.write_volatile(SECRET) });
+    };
+    let check = |map: Map| {
+        // SAFETY: As above.
+        match words(map)
+            .map(|word| unsafe { word.read_volatile() })
+            .find(|word| *word != SECRET)
+        {
+            Some(found) => bail!("another user's page was changed to {found:#x}"),
+            None => Ok(()),
+        }
+    };
+    for (fd, map) in &objects {
+        fill(map.cover(fd, 0)?);
+    }
+    while !shared.witnessed.load(Relaxed) {
+        let (fd, map) = &objects[rng.usize(..2)];
+        let page = rng.usize(..half);
+        let part = map.part(page, rng.usize(1..=8.min(half - page)));
+        check(part)?;
+        if rng.u8(..4) == 0 {
+            // The kernel may have other things to do.
+            let _ = part.advise(libc::MADV_PAGEOUT);
+        } else {
+            // For a moment nobody has its pages, and then it has others.
+            part.cover_anonymous()?;
+            std::thread::yield_now();
+            part.cover(fd, page)?.check_zero()?;
+            fill(part);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    for (_, map) in &objects {
+        check(*map)?;
+    }
+    Ok(())
+}
+
+/// What is to be the same before and after.
+#[derive(Debug)]
+struct InUse {
+    module: usize,
+    files: usize,
+    shmem: usize,
+}
+
+impl InUse {
+    fn now() -> Result<Self> {
+        let files = fs::read_to_string("/proc/sys/fs/file-nr")?;
+        let files = files
+            .split_whitespace()
+            .next()
+            .context("file-nr")?
+            .parse()?;
+        Ok(Self {
+            module: module_refs()?,
+            files,
+            shmem: meminfo("Shmem")?,
+        })
+    }
+
+    /// Waits until no more is in use than then: the kernel gives back some things a bit later.
+    fn wait_for(&self) -> Result<()> {
+        let until = Instant::now() + Duration::from_secs(60);
+        loop {
+            let now = Self::now()?;
+            if now.module <= self.module && now.files <= self.files && now.shmem <= self.shmem + 64
+            {
+                return Ok(());
+            }
+            ensure!(
+                Instant::now() < until,
+                "not given back: {now:?}, before {self:?}"
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// Memory for what all processes count, all zero.
+fn shared() -> Result<&'static Shared> {
+    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+    let map = Map::new(ptr::null_mut(), 1, RW, flags, -1, 0)?;
+    // SAFETY: A page that nobody unmaps; all zero is a value of the type, and all of it is atomic.
+    Ok(unsafe { &*map.addr.cast() })
+}
+
+fn round(seed: u64, calls: u64, huge: bool) -> Result<()> {
+    // A file as well.
+    let shared = shared()?;
+    let before = InUse::now()?;
+    let secret = Map::reserve(SECRET_PAGES)?;
+    let arena = Map {
+        addr: PLACE as *mut u8,
+        pages: ARENA,
+    };
+
+    let witness = fork(|_| witness(shared, secret, seed))?;
+    shared.witness.store(witness.pid, Relaxed);
+    // SAFETY: No memory involved.
+    cvt(unsafe { libc::seteuid(HOSTILE) })?;
+    let made = device().and_then(|dev| Ok([dev, ioctl_file(ARENA)?]));
+    // SAFETY: As above.
+    cvt(unsafe { libc::seteuid(0) })?;
+    let common = made?;
+
+    let keeper = fork(|_| {
+        keep_running(shared, calls, || {
+            let number = shared.processes.load(Relaxed);
+            run(shared, seed ^ (number << 32), calls, arena, secret, &common)
+        })
+    })?;
+    let kept = keeper.join();
+    shared.witnessed.store(true, Relaxed);
+    witness.join().context("the witness")?;
+    kept?;
+
+    if !huge {
+        expect_resident(&common[0], 0, "all unmapped")?;
+    }
+    drop(common);
+    secret.unmap()?;
+    before.wait_for()
+}
+
+/// Makes `calls` calls, drawn by `seed`; half of them with huge pages.
+pub fn random_calls(seed: u64, calls: u64) -> Result<()> {
+    for (huge, word) in [(false, "never"), (true, "advise")] {
+        fs::write("/sys/kernel/mm/transparent_hugepage/shmem_enabled", word)?;
+        round(seed, calls / 2, huge)
+            .with_context(|| format!("huge pages {word}; --seed {seed}"))?;
+    }
+    count("operations", calls);
+    Ok(())
+}
