@@ -198,11 +198,11 @@ fn shared_words(words: usize) -> Result<Map> {
 
 /// 64 processes with 1,000 objects each, of one page or two. Some unmap, some only close, some
 /// just end, some are killed. Nobody's pages change, and all come back.
-/// A machine that is slow (with KASAN, say) makes fewer, 100 at least, and it is said how many.
+/// A machine that is slow (with KASAN, say) makes fewer, 10 at least, and it is said how many.
 pub fn many_objects_of_many_processes() -> Result<()> {
     const PROCESSES: usize = 64;
     const OBJECTS: usize = 1000;
-    const LEAST: usize = 100;
+    const LEAST: usize = 10;
     let tag = |process: usize, object: usize| TAG + ((process * OBJECTS + object) << 8) as u64;
     let machine = Machine::now()?;
     let start = Instant::now();
