@@ -13,11 +13,15 @@
 //! devanon-init: started
 //! …the command's own output…
 //! devanon-init: status 0           exit status, 128 + number of the signal, 126/127 not started
+//! devanon-init: leaks 0            what kmemleak found after the command; only if there is one
 //! devanon-init: taint 0 3000       /proc/sys/kernel/tainted before and after, hexadecimal
 //! ```
 //!
-//! or `devanon-init: error TEXT` if it could not even try. Data on a virtio port is lost if the
-//! machine powers off too early, so after the last line it waits for one byte from the host.
+//! or `devanon-init: error TEXT` if it could not even try, or a detector gave up on the way. Data on
+//! a virtio port is lost if the machine powers off too early, so after the last line it waits for
+//! one byte from the host.
+//!
+//! kmemleak's report goes to the console. KCSAN is turned on for the command if it is not on already.
 //!
 //! Nothing here has a time limit: a command that hangs is the runner's business.
 
@@ -73,6 +77,14 @@ const MOUNTS: [(&str, &str, &str); 8] = [
     ("cgroup2", "/sys/fs/cgroup", ""),
     ("debugfs", "/sys/kernel/debug", ""),
 ];
+
+const KCSAN: &str = "/sys/kernel/debug/kcsan";
+const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
+/// kmemleak reports nothing that is younger than five seconds.
+const LEAK_AGE: Duration = Duration::from_secs(6);
+
+/// How much of kmemleak's report is shown.
+const REPORT_LINES: usize = 400;
 
 fn main() {
     if std::process::id() != 1 {
@@ -193,6 +205,12 @@ fn say(port: &mut File, line: &str) {
 fn command(words: &[OsString], port: &File) -> Result<String, String> {
     let (program, args) = words.split_first().ok_or("no command was given")?;
     let stdout = port.try_clone().map_err(|error| error.to_string())?;
+    // Only what the command leaks counts, and nobody else is to look for it.
+    let kcsan = Path::new(KCSAN);
+    if kcsan.exists() {
+        fs::write(kcsan, "on").map_err(|error| format!("{KCSAN}: {error}"))?;
+    }
+    let kmemleak_there = kmemleak("scan=off")? && kmemleak("clear")?;
     let before = taint()?;
     let status = match environment(Command::new(program))
         .args(args)
@@ -213,10 +231,53 @@ fn command(words: &[OsString], port: &File) -> Result<String, String> {
         }
     };
     end_all();
+    let leaks = if kmemleak_there {
+        leaks()
+    } else {
+        Ok(String::new())
+    };
+    let (leaks, ()) = match (leaks, lockdep_works()) {
+        (Err(one), Err(other)) => return Err(format!("{one}; {other}")),
+        (leaks, lockdep) => (leaks?, lockdep?),
+    };
     let after = taint()?;
     Ok(format!(
-        "devanon-init: status {status}\ndevanon-init: taint {before:x} {after:x}"
+        "devanon-init: status {status}\n{leaks}devanon-init: taint {before:x} {after:x}"
     ))
+}
+
+/// Gives kmemleak an order. False if the kernel has none; an error if it gave up.
+fn kmemleak(order: &str) -> Result<bool, String> {
+    if !Path::new(KMEMLEAK).exists() {
+        return Ok(false);
+    }
+    fs::write(KMEMLEAK, order).map_err(|error| format!("kmemleak is off: {order}: {error}"))?;
+    Ok(true)
+}
+
+/// Has kmemleak look for leaks, shows them on the console, and puts their number into words.
+fn leaks() -> Result<String, String> {
+    thread::sleep(LEAK_AGE);
+    // What has changed since the last scan is never reported: the first one sees everything new.
+    kmemleak("scan")?;
+    kmemleak("scan")?;
+    let report = fs::read_to_string(KMEMLEAK).map_err(|error| format!("{KMEMLEAK}: {error}"))?;
+    for line in report.lines().take(REPORT_LINES) {
+        eprintln!("{line}");
+    }
+    let objects = report
+        .lines()
+        .filter(|line| line.starts_with("unreferenced object"));
+    Ok(format!("devanon-init: leaks {}\n", objects.count()))
+}
+
+/// Fails if the lock validator turned itself off: its tables are full, say.
+fn lockdep_works() -> Result<(), String> {
+    let off = |line: &str| line.trim_start().starts_with("debug_locks:") && line.ends_with(" 0");
+    match fs::read_to_string("/proc/lockdep_stats") {
+        Ok(stats) if stats.lines().any(off) => Err("lockdep is off".into()),
+        _ => Ok(()),
+    }
 }
 
 fn environment(mut command: Command) -> Command {

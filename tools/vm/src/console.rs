@@ -9,7 +9,11 @@
 pub const CUT: &str = "[ cut here ]";
 
 /// Each sign: pieces that one line must hold, in any order.
-const SIGNS: [&[&str]; 28] = [
+///
+/// Not among them: injected faults, allocations that failed, and the OOM killer at work. What turns
+/// a detector off is one only where the detector says so here: devanon-init asks kmemleak and
+/// lockdep themselves.
+const SIGNS: [&[&str]; 38] = [
     &[CUT],
     &["BUG:"],
     &["kernel BUG at"],
@@ -38,6 +42,16 @@ const SIGNS: [&[&str]; 28] = [
     &["Bad rss-counter"],
     &["refcount_t"],
     &["still has locks held"],
+    &["turning off the locking correctness validator"],
+    &["lockdep is turned off"],
+    &["suspected memory leaks"],
+    &["BUG ", "ainted", "): "],
+    &["list_", "corruption"],
+    &["list_", " double add"],
+    &["pagealloc: "],
+    &[".c:", ": bad p"],
+    &["Bad swap"],
+    &["not ok "],
 ];
 
 fn holds(line: &str, pieces: &[&str]) -> bool {
@@ -114,6 +128,16 @@ mod tests {
         "[    1.0] BUG: Bad rss-counter state mm:000000007d9a4a2b type:MM_SHMEMPAGES val:1",
         "[    1.0] refcount_t: underflow; use-after-free.",
         "[    1.0] WARNING: devanon-tests/77 still has locks held!",
+        "[    1.0] turning off the locking correctness validator.",
+        "[    1.0] INFO: lockdep is turned off.",
+        "[    1.0] kmemleak: 2 new suspected memory leaks (see /sys/kernel/debug/kmemleak)",
+        "[    1.0] BUG kmalloc-64 (Tainted: G           O      ): Right Redzone overwritten",
+        "[    1.0] list_del corruption, ffff888003a5c000->next is LIST_POISON1 (dead000000000100)",
+        "[    1.0] list_add double add: new=ffff888003a5c000, prev=ffff8880, next=ffff8880.",
+        "[    1.0] pagealloc: memory corruption",
+        "[    1.0] mm/pgtable-generic.c:50: bad pmd 0000000045a9b4f7(8000000034c000e7)",
+        "[    1.0] swap_dup: Bad swap file entry 3ffffffffff",
+        "[    1.0]     not ok 3 the_closed_range_is_freed",
     ];
 
     #[test]
@@ -132,6 +156,21 @@ mod tests {
             "[    0.1] devanon: loading out-of-tree module taints kernel.",
             "[    9.1] traps: a.out[80] general protection fault ip:401136 sp:7ffc error:0 in a.out",
             "[    0.1] kasan: KernelAddressSanitizer initialized (generic)",
+            "[    0.1] kmemleak: Kernel memory leak detector initialized (mem pool available: 39531)",
+            "[    0.1] Lock dependency validator: Copyright (c) 2006 Red Hat, Inc., Ingo Molnar",
+            "[    0.1]     ok 3 the_closed_range_is_freed",
+            "[    9.1] FAULT_INJECTION: forcing a failure.",
+            "[    9.1] name failslab, interval 1, probability 0, space 0, times 1",
+            "[    9.1] CPU: 1 UID: 0 PID: 80 Comm: devanon-tests Tainted: G           O        7.3.4",
+            "[    9.1] Call Trace:",
+            "[    9.1] devanon-tests: page allocation failure: order:0, mode:0xcc0(GFP_KERNEL)",
+            "[    9.1] warn_alloc: 1 callbacks suppressed",
+            "[    9.1] SLUB: Unable to allocate memory on CPU 1 (of node 0) on node -1, gfp=0xcc0",
+            "[    9.1] Mem-Info:",
+            "[    9.1] devanon-tests invoked oom-killer: gfp_mask=0xcc0(GFP_KERNEL), order=0",
+            "[    9.1] oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),task=devanon-tests,pid=80",
+            "[    9.1] Memory cgroup out of memory: Killed process 80 (devanon-tests) total-vm:9kB",
+            "[    9.1] oom_reaper: reaped process 80 (devanon-tests), now anon-rss:0kB",
             "[    0.1] Booting the kernel",
         ] {
             assert!(!is_trouble(line), "{line}");

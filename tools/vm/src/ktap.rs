@@ -5,6 +5,9 @@
 //! It counts leaves: a test with subtests stands for them. It believes no stream that does not add
 //! up: a missing plan, a number out of order, a test planned and never reported (its program
 //! crashed), or no test at all is a problem, and a problem is a failure.
+//!
+//! It adds up what tests say they did: diagnostic lines `# count: WHAT NUMBER`, where WHAT is
+//! `operations`, `pages` or `faults` (injected).
 
 /// What a stream has said so far.
 #[derive(Default)]
@@ -12,6 +15,10 @@ pub struct Ktap {
     pub passed: u64,
     pub failed: u64,
     pub skipped: u64,
+    pub operations: u64,
+    pub pages: u64,
+    /// Injected ones.
+    pub faults: u64,
     /// One sentence for each failed test and each thing that does not add up.
     pub problems: Vec<String>,
     /// The open levels, outermost first.
@@ -64,7 +71,11 @@ impl Ktap {
         let text = line.trim_start_matches(' ');
         let depth = (line.len() - text.len()) / 2;
         match parse(text.trim_end()) {
-            Line::Other => (),
+            Line::Other => {
+                if let Some(count) = text.trim_end().strip_prefix("# count: ") {
+                    self.count(count);
+                }
+            }
             Line::BailOut => self.problems.push(text.to_owned()),
             // A second program of one command begins a stream of its own.
             Line::Version => {
@@ -82,6 +93,20 @@ impl Ktap {
                 }
             }
             Line::Result { ok, number, skip } => self.result(depth, ok, number, skip, text),
+        }
+    }
+
+    fn count(&mut self, text: &str) {
+        let (what, number) = text.split_once(' ').unwrap_or((text, ""));
+        let sum = match what {
+            "operations" => &mut self.operations,
+            "pages" => &mut self.pages,
+            "faults" => &mut self.faults,
+            _ => return self.problems.push(format!("a count of what? {text}")),
+        };
+        match number.parse::<u64>() {
+            Ok(number) => *sum += number,
+            Err(_) => self.problems.push(format!("a count of how many? {text}")),
         }
     }
 
@@ -217,6 +242,20 @@ mod tests {
     fn nothing_to_test_may_be_said() {
         let ktap = read("KTAP version 1\n1..0 # SKIP no swap\n");
         assert_eq!(counts(&ktap), (0, 0, 1, 0));
+    }
+
+    #[test]
+    fn counts_are_added_up() {
+        let ktap = read(
+            "KTAP version 1\n1..2\n# count: pages 5\n# count: operations 7\nok 1 a\n\
+             # count: pages 6\n# count: faults 1\nok 2 b\n",
+        );
+        assert_eq!((ktap.operations, ktap.pages, ktap.faults), (7, 11, 1));
+        assert_eq!(counts(&ktap), (2, 0, 0, 0));
+        for count in ["page 5", "pages", "pages 5 or 6", "pages -1"] {
+            let ktap = read(&format!("KTAP version 1\n1..1\n# count: {count}\nok 1 a\n"));
+            assert_eq!(counts(&ktap), (1, 0, 0, 1), "{count}");
+        }
     }
 
     #[test]

@@ -9,9 +9,9 @@
 //! 1. A sign of kernel trouble on the console, or new taint other than out-of-tree and unsigned
 //!    module, is kernel trouble (exit 3), whatever the command said and however the VM ended. So
 //!    is a VM that went down in the middle without a word.
-//! 2. The time limit, or no PID 1 within a minute, is a timeout (4).
-//! 3. A VM that ended before PID 1 spoke, a QEMU that failed, or a verdict that is in doubt, is an
-//!    infrastructure error (5).
+//! 2. The time limit, or no PID 1 within three minutes, is a timeout (4).
+//! 3. A VM that ended before PID 1 spoke, a QEMU that failed, a detector of the kernel that gave
+//!    up, or a verdict that is in doubt, is an infrastructure error (5).
 //! 4. A status other than 0, a failed test, and KTAP that does not add up are failures (1).
 //!
 //! See [`Cli`] for the rest.
@@ -40,6 +40,8 @@ use clap::Parser;
 use rustix::fs::FlockOperation;
 use rustix::fs::flock;
 
+use devanon_summary::Summary;
+
 use crate::initramfs::Archive;
 use crate::kernel::Kernel;
 use crate::ktap::Ktap;
@@ -51,8 +53,9 @@ const STATIC: &str = "build/cargo-static/x86_64-unknown-linux-gnu/release";
 /// What scripts/uml-guest makes.
 const UML: &str = "build/uml/rootfs-extra";
 
-/// How long a VM may take to reach PID 1, and a trial of KVM altogether.
-const BOOT_LIMIT: Duration = Duration::from_secs(60);
+/// How long a VM may take to reach PID 1, and a trial of KVM altogether. A kernel with every
+/// detector on, emulated on a busy machine, takes its time.
+const BOOT_LIMIT: Duration = Duration::from_secs(180);
 const KVM_LIMIT: Duration = Duration::from_secs(15);
 /// How often the console is looked at, and how much longer a VM lives after a sign of trouble.
 const LOOK: Duration = Duration::from_secs(1);
@@ -62,8 +65,8 @@ const GRACE: Duration = Duration::from_secs(5);
 ///
 /// What COMMAND prints goes to standard output as it comes, and must be KTAP unless --plain.
 /// Progress and the verdict go to standard error. Runs in the project's top directory inside the
-/// build root; everything of a run is kept in build/vm/NAME: console.log, ktap.log (all that came
-/// over the verdict port), qemu.log, qemu-command, initramfs.cpio.
+/// build root; everything of a run is kept in build/vm/NAME: summary.json, console.log, ktap.log
+/// (all that came over the verdict port), qemu.log, qemu-command, initramfs.cpio.
 #[derive(Parser)]
 #[command(
     name = "devanon-vm",
@@ -72,11 +75,13 @@ Exit status:
   0  passed
   1  tests failed: COMMAND failed, a test failed, or its KTAP does not add up
   2  wrong usage
-  3  kernel trouble: panic, oops, warning, lockdep, hung task, RCU stall …, new taint other than
-     O and E, or the VM went down in the middle; whatever the tests say
-  4  timeout: --time-limit, or PID 1 not reached within a minute
+  3  kernel trouble: panic, oops, warning, lockdep, leak, hung task, RCU stall …, new taint other
+     than O and E, or the VM went down in the middle; whatever the tests say
+  4  timeout: --time-limit, or PID 1 not reached within three minutes
   5  infrastructure error: QEMU failed, something to boot is missing, the VM ended before PID 1,
-     or COMMAND wrote a verdict of its own
+     kmemleak or lockdep gave up, or COMMAND wrote a verdict of its own
+
+A kernel with kmemleak is searched for leaks when COMMAND has ended.
 
 In the VM: busybox in /bin, devanon-tests in /bin, devanon.ko in /lib/devanon (not loaded), zram in
 /lib/modules, /tmp and /dev/shm of 8 MiB each, users root and user (1000). With --shell the module
@@ -153,12 +158,18 @@ fn file_pair(text: &str) -> Result<(PathBuf, String)> {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let start = Instant::now();
-    let (verdict, ktap) = match run(&cli) {
-        Ok(done) => done,
-        Err(error) => (
-            Verdict::new(Outcome::Infrastructure, format!("{error:#}")),
-            None,
-        ),
+    let mut heard = Heard::default();
+    let failed = |error| Verdict::new(Outcome::Infrastructure, format!("{error:#}"));
+    let verdict = match start_over(&cli.name) {
+        Ok((directory, _lock)) => {
+            let verdict = run(&cli, &directory, &mut heard).unwrap_or_else(failed);
+            let summary = summary(&cli, &verdict, &heard, start.elapsed());
+            match summary.write(&directory.join("summary.json")) {
+                Ok(()) => verdict,
+                Err(error) => failed(error),
+            }
+        }
+        Err(error) => failed(error),
     };
 
     for line in &verdict.details {
@@ -168,24 +179,22 @@ fn main() -> ExitCode {
     if console.exists() {
         eprintln!("devanon-vm: console: {}", console.display());
     }
-    let Verdict {
-        outcome, reason, ..
-    } = verdict;
-    let mut line = format!("devanon-vm: {}: {}", cli.name, outcome.label());
-    if !reason.is_empty() {
-        line += &format!(": {reason}");
+    let mut line = format!("devanon-vm: {}: {}", cli.name, verdict.outcome.label());
+    if !verdict.reason.is_empty() {
+        line += &format!(": {}", verdict.reason);
     }
-    if let Some(Ktap {
-        passed,
-        failed,
-        skipped,
-        ..
-    }) = ktap
-    {
-        line += &format!(", {passed} passed, {failed} failed, {skipped} skipped");
+    let ktap = &heard.ktap;
+    if heard.started && !cli.plain {
+        line += &format!(
+            ", {} passed, {} failed, {} skipped",
+            ktap.passed, ktap.failed, ktap.skipped
+        );
+    }
+    if let Some(leaks) = heard.leaks {
+        line += &format!(", {leaks} leaks");
     }
     eprintln!("{line}, {:.1} s", start.elapsed().as_secs_f64());
-    ExitCode::from(outcome.code())
+    ExitCode::from(verdict.outcome.code())
 }
 
 #[derive(Clone, Copy)]
@@ -219,18 +228,21 @@ impl Outcome {
     }
 }
 
-/// How a run went, for the last line, and what to show above it.
+/// How a run went, for the last line, what to show above it, and what to say of it in the summary.
 struct Verdict {
     outcome: Outcome,
     reason: String,
     details: Vec<String>,
+    findings: Vec<String>,
 }
 
 impl Verdict {
     fn new(outcome: Outcome, reason: impl Into<String>) -> Self {
+        let reason = reason.into();
         Verdict {
             outcome,
-            reason: reason.into(),
+            findings: Vec::from_iter((!reason.is_empty()).then(|| reason.clone())),
+            reason,
             details: Vec::new(),
         }
     }
@@ -241,29 +253,61 @@ impl Verdict {
     }
 }
 
-fn run(cli: &Cli) -> Result<(Verdict, Option<Ktap>)> {
+/// The run's directory, ours until the lock goes, without what the run before left there: nothing
+/// of that may pass for this one's.
+fn start_over(name: &str) -> Result<(PathBuf, File)> {
     ensure!(
         Path::new("build/kernels").is_dir(),
         "no build/kernels here: run in the project's top directory, after make has built the kernels"
     );
-    let directory = Path::new("build/vm").join(&cli.name);
+    let directory = Path::new("build/vm").join(name);
     fs::create_dir_all(&directory)?;
     let lock = File::create(directory.join("lock"))?;
     flock(&lock, FlockOperation::NonBlockingLockExclusive)
-        .with_context(|| format!("a run named {} is going on", cli.name))?;
-    // Nothing of the run before may pass for this one's.
-    for file in ["console.log", "ktap.log", "qemu.log", "qemu-command"] {
+        .with_context(|| format!("a run named {name} is going on"))?;
+    for file in [
+        "summary.json",
+        "console.log",
+        "ktap.log",
+        "qemu.log",
+        "qemu-command",
+    ] {
         let _ = fs::remove_file(directory.join(file));
     }
+    Ok((directory, lock))
+}
 
+fn summary(cli: &Cli, verdict: &Verdict, heard: &Heard, time: Duration) -> Summary {
+    let ktap = &heard.ktap;
+    let mut findings = verdict.findings.clone();
+    for problem in heard.problems(cli) {
+        if !findings.contains(problem) {
+            findings.push(problem.clone());
+        }
+    }
+    Summary {
+        name: cli.name.clone(),
+        kernel: Kernel::of_line(&cli.line).ok().map(|kernel| kernel.release),
+        passed: ktap.passed,
+        failed: ktap.failed,
+        skipped: ktap.skipped,
+        operations: ktap.operations,
+        pages: ktap.pages,
+        faults_injected: ktap.faults,
+        seconds: devanon_summary::tenths(time.as_secs_f64()),
+        findings,
+    }
+}
+
+fn run(cli: &Cli, directory: &Path, heard: &mut Heard) -> Result<Verdict> {
     let kernel = Kernel::of_line(&cli.line)?;
     let mut machine = Machine {
-        image: kernel.image(&directory)?,
+        image: kernel.image(directory)?,
         kvm: false,
         memory: cli.memory,
         cpus: cli.cpus,
         append: cli.append.clone(),
-        directory,
+        directory: directory.to_owned(),
     };
     machine.kvm = qemu::kvm_works(Path::new("build/vm/kvm"), || try_kvm(&machine))?;
     build_initramfs(cli, &kernel, &machine.initramfs())?;
@@ -283,14 +327,12 @@ fn run(cli: &Cli) -> Result<(Verdict, Option<Ktap>)> {
         // Here a person reads the console: warnings, and no more.
         machine.append += " loglevel=5";
         let status = machine.interact()?;
-        return Ok((judge(cli, &machine, &Heard::default(), Some(status))?, None));
+        return judge(cli, &machine, heard, Some(status));
     }
     let limit = Duration::from_secs(cli.time_limit);
-    let log = machine.directory.join("ktap.log");
-    let (mut heard, status) = listen(&machine, &cli.command, limit, &log, true)?;
+    let status = listen(&machine, &cli.command, limit, heard, true)?;
     heard.ktap.end();
-    let verdict = judge(cli, &machine, &heard, status)?;
-    Ok((verdict, (!cli.plain).then_some(heard.ktap)))
+    judge(cli, &machine, heard, status)
 }
 
 fn build_initramfs(cli: &Cli, kernel: &Kernel, path: &Path) -> Result<()> {
@@ -330,8 +372,8 @@ fn try_kvm(machine: &Machine) -> Result<bool> {
     let mut archive = Archive::create(&trial.initramfs())?;
     archive.base(&Path::new(STATIC).join("devanon-init"))?;
     archive.finish()?;
-    let log = trial.directory.join("ktap.log");
-    let (heard, _) = listen(&trial, &["true"], KVM_LIMIT, &log, false)?;
+    let mut heard = Heard::default();
+    listen(&trial, &["true"], KVM_LIMIT, &mut heard, false)?;
     Ok(heard.status == Some(0))
 }
 
@@ -340,6 +382,7 @@ fn try_kvm(machine: &Machine) -> Result<bool> {
 struct Heard {
     started: bool,
     status: Option<u8>,
+    leaks: Option<u64>,
     taint: Option<(u64, u64)>,
     error: Option<String>,
     timed_out: bool,
@@ -351,12 +394,11 @@ fn listen<S: AsRef<std::ffi::OsStr>>(
     machine: &Machine,
     words: &[S],
     limit: Duration,
-    log: &Path,
+    heard: &mut Heard,
     aloud: bool,
-) -> Result<(Heard, Option<ExitStatus>)> {
+) -> Result<Option<ExitStatus>> {
     const STDOUT: &str = "cannot write to standard output";
-    let mut log = File::create(log)?;
-    let mut heard = Heard::default();
+    let mut log = File::create(machine.directory.join("ktap.log"))?;
     let mut vm = machine.start(words)?;
     let mut blank = false;
     let mut look = vm.start + LOOK;
@@ -379,11 +421,11 @@ fn listen<S: AsRef<std::ffi::OsStr>>(
         let deadline = grace.unwrap_or(vm.start + limit).min(vm.start + limit);
         let line = match vm.line(deadline.min(look)) {
             Ok(Some(line)) => line,
-            Ok(None) => return Ok((heard, vm.finish()?)),
+            Ok(None) => return vm.finish(),
             Err(TimedOut) if Instant::now() < deadline => continue,
             Err(TimedOut) => {
                 heard.timed_out = true;
-                return Ok((heard, None));
+                return Ok(None);
             }
         };
         log.write_all(&line)?;
@@ -430,6 +472,10 @@ impl Heard {
                 self.status = status.parse().ok();
                 self.status.is_some()
             }
+            (["leaks", leaks], true, Some(_), None) if self.leaks.is_none() => {
+                self.leaks = leaks.parse().ok();
+                self.leaks.is_some()
+            }
             (["taint", before, after], true, Some(_), None) => {
                 self.taint = hex(before).zip(hex(after));
                 self.taint.is_some()
@@ -443,6 +489,14 @@ impl Heard {
         if !due {
             self.out_of_place(text);
         }
+    }
+
+    /// What the command's KTAP leaves to be desired.
+    fn problems(&self, cli: &Cli) -> &[String] {
+        if cli.plain || !self.started {
+            return &[];
+        }
+        &self.ktap.problems
     }
 
     fn out_of_place(&mut self, text: &str) {
@@ -463,7 +517,10 @@ fn judge(cli: &Cli, machine: &Machine, heard: &Heard, qemu: Option<ExitStatus>) 
         let says = |&&n: &&usize| !lines[n].contains(console::CUT);
         let main = *trouble.iter().find(says).unwrap_or(&first);
         let reason = format!("line {} of the console: {}", main + 1, lines[main].trim());
-        let verdict = Verdict::new(Outcome::Trouble, reason);
+        let mut verdict = Verdict::new(Outcome::Trouble, reason);
+        let more = trouble.iter().filter(|n| says(n) && **n != main);
+        let more = more.take(TAIL).map(|&n| lines[n].trim().to_owned());
+        verdict.findings.extend(more);
         // The report that goes with the first sign, then only the other signs' own lines.
         let end = lines.len().min(first + TAIL);
         let others = trouble.iter().filter(|&&n| n >= end);
@@ -500,10 +557,8 @@ fn judge(cli: &Cli, machine: &Machine, heard: &Heard, qemu: Option<ExitStatus>) 
         return Ok(Verdict::new(Outcome::Timeout, reason).with(tail()));
     }
     if let Some(error) = &heard.error {
-        return Ok(Verdict::new(
-            Outcome::Infrastructure,
-            format!("PID 1: {error}"),
-        ));
+        let reason = format!("PID 1: {error}");
+        return Ok(Verdict::new(Outcome::Infrastructure, reason).with(heard.problems(cli)));
     }
     let (Some(status), Some(_)) = (heard.status, heard.taint) else {
         let (outcome, what) = match qemu {
@@ -518,10 +573,15 @@ fn judge(cli: &Cli, machine: &Machine, heard: &Heard, qemu: Option<ExitStatus>) 
         return Ok(Verdict::new(Outcome::Timeout, "the VM did not power off").with(tail()));
     }
 
-    let problems: &[String] = if cli.plain { &[] } else { &heard.ktap.problems };
+    let problems = heard.problems(cli);
     Ok(if status != 0 {
         let reason = format!("the command ended with status {status}");
-        Verdict::new(Outcome::Fail, reason).with(problems)
+        let mut verdict = Verdict::new(Outcome::Fail, reason).with(problems);
+        // That is only how it says so.
+        if !problems.is_empty() {
+            verdict.findings.clear();
+        }
+        verdict
     } else if let Some(problem) = problems.first() {
         Verdict::new(Outcome::Fail, problem).with(problems)
     } else {

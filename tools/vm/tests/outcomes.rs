@@ -3,15 +3,20 @@
 //! The harness, tested: every outcome is planted once, in a VM that has only busybox.
 //!
 //! These boot VMs, so plain `cargo test` leaves them out. `make test` runs them, by `cargo test -p
-//! devanon-vm -- --include-ignored` with DEVANON_LINE naming the kernel line.
+//! devanon-vm -- --include-ignored --skip kcsan` with DEVANON_LINE naming the kernel line, and
+//! DEVANON_DEBUG_LINE that of a kernel with KASAN, lockdep, kmemleak and their like. For KCSAN it is
+//! `make test-kcsan`, `... -- --include-ignored kcsan` and DEVANON_KCSAN_LINE.
 
 use std::fs;
+use std::path::Path;
 use std::path::PathBuf;
 use std::process::Command;
 use std::process::Stdio;
 use std::thread::sleep;
 use std::time::Duration;
 use std::time::Instant;
+
+use devanon_summary::Summary;
 
 struct Run {
     code: Option<i32>,
@@ -23,8 +28,12 @@ fn top() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
 
-fn line() -> String {
-    std::env::var("DEVANON_LINE").expect("DEVANON_LINE names a directory of build/kernels")
+/// The kernel line that a variable of the environment names.
+fn line(variable: &str) -> String {
+    let Ok(line) = std::env::var(variable) else {
+        panic!("{variable} is to name a directory of build/kernels");
+    };
+    line
 }
 
 /// A runner with a small VM that keeps to one processor of this machine, unless `options` say how
@@ -35,7 +44,7 @@ fn runner(name: &str, options: &[&str]) -> Command {
         command.args(["--cpus", "1"]);
     }
     if !options.contains(&"--line") {
-        command.args(["--line", &line()]);
+        command.args(["--line", &line("DEVANON_LINE")]);
     }
     command
         .current_dir(top())
@@ -65,9 +74,16 @@ fn vm_words(name: &str, options: &[&str], words: &[&str]) -> Run {
 }
 
 /// With the module that makes real trouble: tests/plant, as scripts/prepare builds it.
-fn vm_with_plant(name: &str, script: &str) -> Run {
-    let file = format!("build/kernels/{}/plant/plant.ko=/plant.ko", line());
-    vm(name, &["--file", &file], script)
+fn vm_with_plant(name: &str, line: &str, options: &[&str], script: &str) -> Run {
+    let file = format!("build/kernels/{line}/plant/plant.ko=/plant.ko");
+    let ours = ["--line", line, "--file", &file];
+    vm(name, &[&ours[..], options].concat(), script)
+}
+
+/// What devanon-vm wrote of a run.
+fn summary(name: &str) -> Summary {
+    let file = top().join(format!("build/vm/harness-{name}/summary.json"));
+    Summary::read(&file).expect("every run leaves one")
 }
 
 impl Run {
@@ -86,6 +102,8 @@ impl Run {
 
 /// Two tests that pass, as a script.
 const KTAP: &str = "echo KTAP version 1; echo 1..2; echo ok 1 a; echo ok 2 b";
+/// What they count.
+const COUNTS: &str = "echo '# count: operations 5'; echo '# count: pages 7'";
 
 #[test]
 #[ignore = "boots a VM"]
@@ -94,11 +112,16 @@ fn pass_and_all_output_arrives() {
     let run = vm(
         "pass",
         &[],
-        &format!("{KTAP}; yes 0123456789abcde | head -n 320000; echo; printf 'the end'"),
+        &format!("{KTAP}; {COUNTS}; yes 0123456789abcde | head -n 320000; echo; printf 'the end'"),
     );
     run.ended(0, "PASS, 2 passed, 0 failed, 0 skipped");
     assert_eq!(run.stdout.matches("0123456789abcde\n").count(), 320_000);
     assert!(run.stdout.ends_with("abcde\n\nthe end\n"));
+    let summary = summary("pass");
+    assert_eq!(summary.findings, [""; 0]);
+    assert_eq!((summary.passed, summary.failed, summary.skipped), (2, 0, 0));
+    let counts = (summary.operations, summary.pages, summary.faults_injected);
+    assert_eq!(counts, (5, 7, 0));
 }
 
 #[test]
@@ -110,6 +133,7 @@ fn failed_test() {
         "echo KTAP version 1; echo 1..2; echo ok 1 a; echo not ok 2 b",
     );
     run.ended(1, "FAIL: not ok 2 b, 1 passed, 1 failed, 0 skipped");
+    assert_eq!(summary("fail").findings, ["not ok 2 b"]);
 }
 
 #[test]
@@ -144,8 +168,10 @@ fn panic() {
 #[test]
 #[ignore = "boots a VM"]
 fn warning() {
-    let run = vm_with_plant("warning", &format!("insmod /plant.ko warn=1; {KTAP}"));
+    let script = format!("insmod /plant.ko warn=1; {KTAP}");
+    let run = vm_with_plant("warning", &line("DEVANON_LINE"), &[], &script);
     run.ended(3, "] WARNING: ");
+    assert!(!summary("warning").findings.is_empty());
     assert!(run.stderr.contains("[ cut here ]"), "{}", run.stderr);
     assert!(run.stderr.contains("planted"), "{}", run.stderr);
 }
@@ -153,9 +179,11 @@ fn warning() {
 #[test]
 #[ignore = "boots a VM"]
 fn hung_task() {
-    let script = "echo 1 > /proc/sys/kernel/hung_task_timeout_secs; insmod /plant.ko hang=1";
+    let timeout = "/proc/sys/kernel/hung_task_timeout_secs";
+    let script = format!("{KTAP}; echo 1 > {timeout}; insmod /plant.ko hang=1");
     let start = Instant::now();
-    vm_with_plant("hung-task", &format!("{KTAP}; {script}")).ended(3, "INFO: task insmod:");
+    let run = vm_with_plant("hung-task", &line("DEVANON_LINE"), &[], &script);
+    run.ended(3, "INFO: task insmod:");
     // It is not waited for to its end.
     assert!(start.elapsed() < Duration::from_secs(50));
 }
@@ -194,6 +222,7 @@ fn hang() {
         &format!("{KTAP}; sleep 1000"),
     );
     run.ended(4, "TIMEOUT: killed after 20 s, 2 passed");
+    assert_eq!(summary("hang").findings, ["killed after 20 s"]);
 }
 
 #[test]
@@ -268,6 +297,133 @@ fn a_killed_runner_leaves_nothing() {
     runner.kill().expect("it runs");
     runner.wait().expect("it was spawned");
     wait_for(0);
+}
+
+/// KASAN, lockdep and the others, each named.
+#[test]
+#[ignore = "boots a VM"]
+fn debug_detectors() {
+    let script = "insmod /plant.ko inversion=1 atomic=1 uaf=1 list=1 bounds=1";
+    let run = vm_with_plant(
+        "debug",
+        &line("DEVANON_DEBUG_LINE"),
+        &[],
+        &format!("{KTAP}; {script}"),
+    );
+    run.ended(3, "WARNING: possible circular locking dependency detected");
+    let findings = summary("debug").findings;
+    for name in [
+        "WARNING: possible circular locking dependency detected",
+        "BUG: sleeping function called from invalid context",
+        "BUG: KASAN: slab-use-after-free in plant_init",
+        "list_add corruption.",
+        "UBSAN: array-index-out-of-bounds",
+    ] {
+        assert!(
+            findings.iter().any(|finding| finding.contains(name)),
+            "{name} is not in {findings:#?}"
+        );
+    }
+}
+
+#[test]
+#[ignore = "boots a VM"]
+fn debug_leak() {
+    let script = format!("insmod /plant.ko leak=1; {KTAP}");
+    let run = vm_with_plant("leak", &line("DEVANON_DEBUG_LINE"), &[], &script);
+    run.ended(3, "suspected memory leaks");
+    assert!(run.stderr.contains("unreferenced object"), "{}", run.stderr);
+    assert!(run.stderr.contains("[plant]"), "{}", run.stderr);
+}
+
+/// A detector that gave up has nothing to say, and that is no pass.
+#[test]
+#[ignore = "boots a VM"]
+fn debug_detectors_that_gave_up() {
+    let script = "echo off > /sys/kernel/debug/kmemleak; insmod /plant.ko blind=1";
+    let run = vm_with_plant(
+        "blind",
+        &line("DEVANON_DEBUG_LINE"),
+        &[],
+        &format!("{KTAP}; {script}"),
+    );
+    run.ended(5, "PID 1: kmemleak is off");
+    run.ended(5, "lockdep is off");
+}
+
+#[test]
+#[ignore = "boots a VM"]
+fn kcsan_race() {
+    let script = format!("insmod /plant.ko race=1; {KTAP}");
+    let line = line("DEVANON_KCSAN_LINE");
+    let run = vm_with_plant("race", &line, &["--cpus", "2"], &script);
+    run.ended(3, "BUG: KCSAN: data-race in count");
+}
+
+/// One row for each kernel, whatever its runs came to.
+#[test]
+fn summaries_are_added_up() {
+    let directory = std::env::temp_dir().join(format!("devanon-summary-{}", std::process::id()));
+    fs::create_dir_all(&directory).expect("a directory of our own");
+    let run = |name: &str, failed, findings: &[&str]| {
+        let path = directory.join(name);
+        let run = Summary {
+            name: name.to_owned(),
+            kernel: Some("7.3.4".to_owned()),
+            passed: 3,
+            failed,
+            pages: 10,
+            seconds: 1.5,
+            findings: findings.iter().map(|&finding| finding.to_owned()).collect(),
+            ..Summary::default()
+        };
+        run.write(&path).expect("it is written");
+        path
+    };
+    let (a, b, c) = (
+        run("a", 0, &[]),
+        run("b", 0, &[]),
+        run("c", 1, &["not ok 2 b"]),
+    );
+    let output = directory.join("all");
+    let add = |runs: &[(&str, &Path)]| {
+        let out = Command::new(env!("CARGO_BIN_EXE_devanon-summary"))
+            .arg("--output")
+            .arg(&output)
+            .args(
+                runs.iter()
+                    .map(|(name, path)| format!("{name}={}", path.display())),
+            )
+            .output()
+            .expect("devanon-summary runs");
+        let all = fs::read_to_string(&output).unwrap_or_default();
+        (
+            out.status.code(),
+            all,
+            String::from_utf8_lossy(&out.stdout).into_owned(),
+        )
+    };
+
+    let (code, all, table) = add(&[("7.3", &a), ("7.2", &c), ("7.3", &b)]);
+    assert_eq!(code, Some(1));
+    let value: serde_json::Value = serde_json::from_str(&all).expect("it is JSON");
+    assert_eq!(
+        value,
+        serde_json::json!({"kernels": [
+            {"name": "7.3", "passed": 6, "failed": 0, "skipped": 0, "operations": 0, "pages": 20,
+             "faults_injected": 0, "seconds": 3.0, "findings": []},
+            {"name": "7.2", "passed": 3, "failed": 1, "skipped": 0, "operations": 0, "pages": 10,
+             "faults_injected": 0, "seconds": 1.5, "findings": ["not ok 2 b"]},
+        ]})
+    );
+    assert_eq!(table.lines().count(), 3);
+
+    assert_eq!(add(&[("7.3", &a), ("7.3", &b)]).0, Some(0));
+    // A run that left none.
+    let (code, all, _) = add(&[("7.3", &a), ("debug", &directory.join("none"))]);
+    assert_eq!(code, Some(1));
+    assert!(all.contains("no summary in"), "{all}");
+    fs::remove_dir_all(&directory).expect("it is ours");
 }
 
 #[test]
