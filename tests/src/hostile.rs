@@ -294,7 +294,9 @@ pub fn closed_to_other_users() -> Result<()> {
         start + place.pages * PAGE
     );
     let file = open(&path, libc::O_RDWR).context("map_files, as root")?;
-    Map::shared(&file, 4, 0)?.part(1, 3).check(TAG + 1)?;
+    let map = Map::shared(&file, 4, 0)?;
+    map.part(1, 3).check(TAG + 1)?;
+    map.unmap()?;
     drop(file);
     owner.meet()?;
     owner.join()
