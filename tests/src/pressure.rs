@@ -501,7 +501,6 @@ pub fn four_times_the_memory() -> Result<()> {
         let maps = maps.map(|fd| Map::shared(&fd, 2 * memory, 0).map(|map| (fd, map)));
         let maps = maps.into_iter().collect::<Result<Vec<_>>>()?;
         let out = vmstat("pswpout")?;
-        let t = Instant::now();
         for (_, map) in &maps {
             for page in 0..map.pages {
                 // SAFETY: Inside the mapping, and aligned.
@@ -510,7 +509,6 @@ pub fn four_times_the_memory() -> Result<()> {
                 });
             }
         }
-        println!("written {:?}", t.elapsed());
         for (fd, map) in &maps {
             let all = info(fd)?;
             ensure!(all.resident + all.swapped == map.pages, "written: {all:?}");
@@ -521,7 +519,6 @@ pub fn four_times_the_memory() -> Result<()> {
                 ensure!(wrong.is_none(), "page {page}, word {wrong:?}");
             }
         }
-        println!("checked {:?}", t.elapsed());
         let out = vmstat("pswpout")? - out;
         println!("{} pages, {out} swapped out", 4 * memory);
         ensure!(out as usize > 3 * memory, "{out} pages swapped out");
@@ -530,7 +527,6 @@ pub fn four_times_the_memory() -> Result<()> {
             all_back(fd)?;
             ensure!(info(fd)?.freed >= map.pages as u64, "{:?}", info(fd)?);
         }
-        println!("unmapped {:?}", t.elapsed());
         // Other processes' memory went out as well. There is little of that.
         let left = (meminfo("Shmem")? + swap_used()?).saturating_sub(before);
         ensure!(left < 2048, "Shmem and swap: {left} pages more than before");
