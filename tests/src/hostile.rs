@@ -594,9 +594,10 @@ fn read_into_pinned(ring: &Ring, fd: &OwnedFd) -> Result<()> {
     let map = Map::shared(fd, 8, 0)?;
     map.fill(TAG);
     ring.register(&[iovec(map)]).context("register")?;
+    // Before there is room where that was.
+    let other = Map::shared(&device()?, 1024, 0)?;
     map.unmap()?;
     expect_resident(fd, 0, "unmapped")?;
-    let other = Map::shared(&device()?, 1024, 0)?;
     other.fill(1);
     let again = map.cover(fd, 0)?;
     again.fill(2);

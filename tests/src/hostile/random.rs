@@ -79,6 +79,8 @@ struct Process<'a> {
     /// For arguments of calls in its first page, and for what they return in the others.
     scratch: Map,
     ring: Option<Ring>,
+    /// The last buffer registered with it.
+    pinned: [u64; 2],
     userfaultfd: Option<i32>,
     pidfd: Option<OwnedFd>,
     history: VecDeque<(Call, i64)>,
@@ -146,7 +148,7 @@ impl Process<'_> {
     fn range(&mut self) -> [u64; 2] {
         let part = self.part();
         let (addr, len) = (part.addr as u64, (part.pages * PAGE) as u64);
-        match self.rng.u8(..40) {
+        match self.rng.u8(..80) {
             0 => [self.one(&BAD), PAGE as u64],
             1 => [addr, WRAPS],
             2 => [addr + self.rng.u64(1..PAGE as u64), len],
@@ -159,7 +161,7 @@ impl Process<'_> {
     /// As above, for data. Beyond the arena there is nothing, so any length will do.
     fn data(&mut self) -> [u64; 2] {
         let [addr, len] = self.range();
-        match self.rng.u8(..16) {
+        match self.rng.u8(..32) {
             0 => [addr, 1 << self.rng.u8(20..63)],
             1 => [addr + self.rng.u64(..64), len],
             _ => [addr, len],
@@ -168,7 +170,7 @@ impl Process<'_> {
 
     fn offset(&mut self) -> u64 {
         let near = (self.page() * PAGE) as u64;
-        match self.rng.u8(..16) {
+        match self.rng.u8(..32) {
             0 => i64::MAX as u64 & !0xfff,
             1 => 1 << self.rng.u8(30..63),
             2 => WRAPS,
@@ -217,11 +219,18 @@ impl Process<'_> {
         [self.words(at, &vectors), number as u64]
     }
 
+    /// One of these processes: one of the latest, which are likely to be there.
+    fn peer(&mut self) -> u64 {
+        let next = self.shared.processes.load(Relaxed) as usize;
+        let number = next - self.rng.usize(1..=next.min(6));
+        self.shared.pids[number % self.shared.pids.len()].load(Relaxed) as u64
+    }
+
+    /// One of these processes, or the witness.
     fn pid(&mut self) -> u64 {
         match self.rng.u8(..4) {
-            0 => std::process::id().into(),
-            1 => self.shared.witness.load(Relaxed) as u64,
-            _ => self.shared.pids[self.rng.usize(..16)].load(Relaxed) as u64,
+            0 => self.shared.witness.load(Relaxed) as u64,
+            _ => self.peer(),
         }
     }
 
@@ -275,11 +284,17 @@ impl Process<'_> {
             // SAFETY: So much was just written there, and nobody writes any more.
             let bytes =
                 unsafe { std::slice::from_raw_parts(self.out() as *const u8, got as usize) };
-            if let Some(at) = bytes.iter().position(|byte| ![0, OWN].contains(byte)) {
-                let seen = &bytes[at & !7..][..8.min(bytes.len() - (at & !7))];
+            // As a rule it is whole words.
+            let foreign = |word: &[u8]| {
+                word != [0; 8]
+                    && word != [OWN; 8]
+                    && word.iter().any(|byte| ![0, OWN].contains(byte))
+            };
+            if let Some(at) = bytes.chunks(8).position(foreign) {
+                let found = &bytes[at * 8..][..8.min(bytes.len() - at * 8)];
                 bail!(
-                    "at {:#x} there is somebody else's {seen:x?}",
-                    addr + at as u64
+                    "at {:#x} there is somebody else's {found:x?}",
+                    addr + at as u64 * 8
                 );
             }
             addr += got as u64;
@@ -370,7 +385,7 @@ impl Process<'_> {
             self.elsewhere.push_back(map);
         }
         self.look(addr, map.pages.min(64) * PAGE)?;
-        if self.rng.u8(..4) == 0
+        if self.rng.u8(..8) == 0
             && self.call((libc::SYS_mprotect, [addr, len, RW as u64, 0, 0, 0])) == 0
         {
             self.touch(map);
@@ -397,16 +412,13 @@ impl Process<'_> {
                     0 => self.some(&[1, 2, 4, 8, 0x100_0000, 0x200_0000, 1 << 30]),
                     _ => RW as u64,
                 };
-                let kind = self.one(&[
-                    libc::MAP_SHARED,
-                    libc::MAP_SHARED,
-                    libc::MAP_SHARED,
-                    libc::MAP_SHARED,
-                    libc::MAP_PRIVATE,
-                    libc::MAP_SHARED_VALIDATE,
-                    libc::MAP_DROPPABLE,
-                    0,
-                ]);
+                let kind = match self.rng.u8(..32) {
+                    0 => 0,
+                    1 => libc::MAP_DROPPABLE,
+                    2 | 3 => libc::MAP_SHARED_VALIDATE,
+                    4..9 => libc::MAP_PRIVATE,
+                    _ => libc::MAP_SHARED,
+                };
                 let more = match self.rng.u8(..4) {
                     0 => self.some(&[
                         libc::MAP_ANONYMOUS,
@@ -479,7 +491,7 @@ impl Process<'_> {
             }
             17 if self.rng.u8(..8) == 0 => (libc::SYS_mseal, [0; 4]),
             _ => {
-                let pid = self.shared.pids[self.rng.usize(..16)].load(Relaxed) as u64;
+                let pid = self.peer();
                 let [vectors, number] = self.vectors(0);
                 let [theirs, more] = self.vectors(64);
                 let call = self.one(&[libc::SYS_process_vm_readv, libc::SYS_process_vm_writev]);
@@ -559,7 +571,10 @@ impl Process<'_> {
                 let mode = self.one(&[0, 1, 2, 3, 3, 3, 8, 16, 17, 32, 64, 128, 1 << 20]);
                 nothing((libc::SYS_fallocate, [fd, mode, offset, len, 0, 0]))
             }
-            14 => nothing((libc::SYS_ftruncate, [fd, offset, 0, 0, 0, 0])),
+            14 => {
+                let size = self.one(&[offset, (ARENA * PAGE) as u64, (ARENA * PAGE) as u64]);
+                nothing((libc::SYS_ftruncate, [fd, size, 0, 0, 0, 0]))
+            }
             15 => {
                 let call = self.one(&[libc::SYS_fsync, libc::SYS_fdatasync, libc::SYS_syncfs]);
                 nothing((call, [fd, 0, 0, 0, 0, 0]))
@@ -881,7 +896,7 @@ impl Process<'_> {
 
     /// One entry of the io_uring, or one set of registered buffers.
     fn complete_one(&mut self) -> Result<()> {
-        let Some(ring) = &self.ring else {
+        let Some(ring) = self.ring.take() else {
             self.ring = Ring::new().ok();
             return Ok(());
         };
@@ -889,19 +904,16 @@ impl Process<'_> {
         let wait = u32::from(self.rng.bool());
         // Nothing here has to succeed.
         match self.rng.u8(..16) {
-            0 => self.ring = None,
+            0 => return Ok(()),
             1 => drop(ring.register(&[])),
             2 | 3 => {
-                let buffers: Vec<_> = (0..4)
-                    .map(|_| self.data())
-                    .map(|[addr, len]| libc::iovec {
-                        iov_base: addr as *mut _,
-                        iov_len: len as usize,
-                    })
-                    .collect();
-                if let Some(ring) = &self.ring {
-                    drop(ring.register(&buffers));
-                }
+                let [addr, len] = self.range();
+                let buffer = libc::iovec {
+                    iov_base: addr as *mut _,
+                    iov_len: len as usize,
+                };
+                let _ = ring.register(&[]).and_then(|()| ring.register(&[buffer]));
+                self.pinned = [addr, len];
             }
             _ => {
                 let (fd, other, [addr, len]) = (self.fd(), self.fd(), self.data());
@@ -920,7 +932,8 @@ impl Process<'_> {
                 let (addr, len, index) = match code {
                     17 => (len, self.one(&[0, 1, 3]), 0),
                     30 | 33 => (u64::MAX, len, other << 32),
-                    _ => (addr, len, self.rng.u64(..4)),
+                    4 | 5 if self.rng.u8(..8) > 0 => (self.pinned[0], self.pinned[1], 0),
+                    _ => (addr, len, 0),
                 };
                 let first = code | (flags << 8) | (fd << 32);
                 let entry = [
@@ -933,11 +946,10 @@ impl Process<'_> {
                     0,
                     0,
                 ];
-                if let Some(ring) = &self.ring {
-                    let _ = ring.submit(entry).and_then(|()| ring.enter(0, wait));
-                }
+                let _ = ring.submit(entry).and_then(|()| ring.enter(0, wait));
             }
         }
+        self.ring = Some(ring);
         Ok(())
     }
 
@@ -1099,6 +1111,11 @@ fn run(
         .collect::<std::io::Result<Vec<_>>>()?;
     own.extend([device()?, ioctl_file(ARENA)?, memfd(ARENA)?]);
     own.extend(pipe()?);
+    // Something everywhere, to begin with.
+    for (index, fd) in own[..5].iter().enumerate() {
+        arena.part(index * 10, 10).cover(fd, index * 10)?;
+    }
+    arena.part(50, ARENA - 50).cover(&own[1], 50)?;
     let scratch = Map::reserve(17)?.cover_anonymous()?;
     for (what, most) in LIMITS {
         let limit = libc::rlimit {
@@ -1117,6 +1134,7 @@ fn run(
         elsewhere: VecDeque::new(),
         scratch,
         ring: None,
+        pinned: [0; 2],
         userfaultfd: None,
         pidfd: None,
         history: VecDeque::new(),
@@ -1124,10 +1142,12 @@ fn run(
     process.begin()?;
     while shared.calls.fetch_add(1, Relaxed) < calls {
         if let Err(err) = process.step() {
-            for (call, ret) in &process.history {
-                eprintln!("# call {call:x?}: {ret}");
-            }
-            return Err(err);
+            let calls: Vec<_> = process
+                .history
+                .iter()
+                .map(|(call, ret)| format!("# call {call:x?}: {ret}\n"))
+                .collect();
+            bail!("{err}, after\n{}", calls.concat());
         }
     }
     Ok(())
