@@ -108,7 +108,7 @@ fn write_and_verify(map: Map, worker: usize, tag: u64, time: Duration) -> Result
 
 /// Runs the race for `seconds`: on each of the two doors, in each weather, duels and a melee.
 pub fn map_touch_unmap(seed: u64, seconds: u64) -> Result<()> {
-    let share = Duration::from_secs(seconds).div_f64(4.0);
+    let half = Duration::from_secs(seconds).div_f64(8.0);
     for (weather, enabled) in [
         (Weather::SmallPagesAndSwap, "never"),
         (Weather::HugePages, "always"),
@@ -118,14 +118,13 @@ pub fn map_touch_unmap(seed: u64, seconds: u64) -> Result<()> {
             ("a file of the ioctl", true, ioctl_file(PAGES)?),
         ] {
             let start = Instant::now();
-            let middle = start + share.div_f64(2.0);
             let fight = || -> Result<()> {
                 std::fs::write(SHMEM_ENABLED, enabled)?;
-                let fought = duels(&fd, has_fallocate, weather, seed, middle)?;
+                let fought = duels(&fd, has_fallocate, weather, seed, start + half)?;
                 println!("{door}, {weather:?}: {fought} duels, {:?}", start.elapsed());
                 count("operations", fought);
                 std::fs::write(SHMEM_ENABLED, enabled)?;
-                melee(&fd, weather, seed, middle + share.div_f64(2.0))
+                melee(&fd, weather, seed, Instant::now() + half)
             };
             fight().with_context(|| format!("{door}, {weather:?}, seed {seed}"))?;
         }

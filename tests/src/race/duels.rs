@@ -80,9 +80,9 @@ const PAIRS: &[(Act, Act)] = &[
 ];
 
 /// Duels of a pair before the next pair has its turn.
-const ROUNDS: u64 = 4;
+const ROUNDS: u64 = 2;
 /// Pages that each side writes to: all there are of small ones, a few of each huge one.
-const WORDS: usize = 128;
+const WORDS: usize = 64;
 
 /// Small pages go to swap. Huge ones do not: where a collapse and swap meet, the driver has a gap.
 #[derive(Clone, Copy, Debug, PartialEq)]
