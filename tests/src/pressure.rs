@@ -54,9 +54,9 @@ fn end_of(pid: c_int) -> Result<c_int> {
     status.context("no status")
 }
 
-/// What the threads of a process are at.
+/// Where the threads of a process are.
 fn stacks(pid: c_int) -> String {
-    let mut all = String::new();
+    let mut all = format!("process {pid}:\n");
     for task in fs::read_dir(format!("/proc/{pid}/task"))
         .into_iter()
         .flatten()
@@ -152,17 +152,23 @@ impl Crowd {
         rounds.collect()
     }
 
+    /// Fails if one of them has ended.
+    fn alive(&self) -> Result<()> {
+        for pid in &self.pids {
+            if let Some(status) = ended(*pid)? {
+                bail!("a process ended early: status {status:#x}");
+            }
+        }
+        Ok(())
+    }
+
     /// Waits until each of them has done two more rounds: one of them began after this did.
     fn goes_on(&self) -> Result<()> {
         let before = self.rounds();
         until("two rounds more of each", || {
-            for pid in &self.pids {
-                if let Some(status) = ended(*pid)? {
-                    bail!("a process ended early: status {status:#x}");
-                }
-            }
-            Ok(self
-                .rounds()
+            self.alive()?;
+            let rounds = self.rounds();
+            Ok(rounds
                 .iter()
                 .zip(&before)
                 .all(|(now, then)| *now >= then + 2))
@@ -392,9 +398,8 @@ pub fn killed_while_others_unmap(seed: u64) -> Result<()> {
     let shmem = meminfo("Shmem")?;
     for swap in [0, LIMIT / 4] {
         for (fd, all_at_once) in both_doors(4 * LIMIT)?.iter().zip([0, 1]) {
-            run(fd, swap, all_at_once).with_context(|| {
-                format!("{swap} pages of swap, memory.oom.group {all_at_once}: {fd:?}")
-            })?;
+            run(fd, swap, all_at_once)
+                .with_context(|| format!("{swap} pages of swap, memory.oom.group {all_at_once}"))?;
         }
     }
     shmem_is_back(shmem)
@@ -675,6 +680,7 @@ pub fn khugepaged_and_compaction(seed: u64) -> Result<()> {
     // The huge pages that are seen are of its making.
     let (start, mut seen) = (Instant::now(), 0);
     until("khugepaged at work", || {
+        guests.alive()?;
         seen += usize::from(meminfo("ShmemHugePages")? > 0);
         Ok(start.elapsed() > TIME && seen >= 10)
     })?;
@@ -819,6 +825,7 @@ pub fn pages_move_between_nodes(seed: u64) -> Result<()> {
     let start = Instant::now();
     let moved = vmstat("pgmigrate_success")?;
     until("pages moved", || {
+        guests.alive()?;
         for pid in &guests.pids {
             migrate_pages(*pid, one, two)?;
             migrate_pages(*pid, two, one)?;
