@@ -214,7 +214,7 @@ pub fn many_objects_of_many_processes() -> Result<()> {
         cvt(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) })?;
         let mut files = Vec::new();
         let mut maps = Vec::new();
-        while maps.len() < LEAST || maps.len() < OBJECTS && start.elapsed().as_secs() < 40 {
+        while maps.len() < LEAST || maps.len() < OBJECTS && start.elapsed().as_secs() < 90 {
             let object = maps.len();
             let pages = 1 + object % 2;
             let file = if process % 8 < 4 {
