@@ -30,7 +30,7 @@ pub fn node_from_devtmpfs() -> Result<()> {
     Ok(())
 }
 
-fn mknod(path: &str) -> Result<()> {
+pub fn mknod(path: &str) -> Result<()> {
     let path = CString::new(path)?;
     // SAFETY: A string.
     cvt(unsafe { libc::mknod(path.as_ptr(), libc::S_IFCHR | 0o666, libc::makedev(1, 10)) })

@@ -1,3 +1,768 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Allocations that fail: each in turn, on every way into the driver.
+//! Allocations that fail: each in turn, on every way into the driver. And its module, that comes
+//! and goes under its users.
+//!
+//! `fail-nth` of a thread in `/proc` has its N-th allocation fail, or copy from or to user space.
+//! Each [`walk`] raises N until there is none left to fail.
+
+use crate::doors::{MODULE, mknod};
+use crate::rules::page_out;
+use crate::sys::*;
+use anyhow::{Context, Result, ensure};
+use std::cell::Cell;
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+use std::{process, ptr, thread};
+
+const TAG: u64 = 0xfa11_0000_0000;
+const PAGES: usize = 16;
+const HUGE: usize = 512;
+
+/// Where tests map. Nobody else does, so there are no page tables yet, of any level.
+const PLACE: usize = 0x3000_0000_0000;
+/// Pages of address space there.
+const ROOM: usize = 1 << 31;
+
+/// A page that no file has neighbours of, so that its file's tree has to grow.
+const FAR: usize = 1 << 40;
+
+const NTH: &str = "/proc/thread-self/fail-nth";
+
+/// A file of settings, put back when dropped.
+struct Setting {
+    path: String,
+    before: String,
+}
+
+impl Setting {
+    fn set(path: &str, value: &str) -> Result<Self> {
+        // What is chosen of several stands in brackets.
+        let before = fs::read_to_string(path).with_context(|| path.to_owned())?;
+        let chosen = before
+            .split_once('[')
+            .and_then(|(_, rest)| rest.split_once(']'));
+        let before = chosen.map_or(before.trim(), |(word, _)| word).to_owned();
+        fs::write(path, value).with_context(|| path.to_owned())?;
+        Ok(Self {
+            path: path.to_owned(),
+            before,
+        })
+    }
+}
+
+impl Drop for Setting {
+    fn drop(&mut self) {
+        let _ = fs::write(&self.path, &self.before);
+    }
+}
+
+/// Has all allocations be such that can fail, and quietly. Skips the test if none can.
+fn injection() -> Result<Vec<Setting>> {
+    if !fs::exists(NTH)? {
+        return skip("the kernel injects no faults");
+    }
+    [
+        ("failslab/verbose", "0"),
+        ("failslab/ignore-gfp-wait", "N"),
+        ("failslab/cache-filter", "N"),
+        ("fail_page_alloc/verbose", "0"),
+        ("fail_page_alloc/ignore-gfp-wait", "N"),
+        ("fail_page_alloc/ignore-gfp-highmem", "N"),
+        ("fail_page_alloc/min-order", "0"),
+        ("fail_usercopy/verbose", "0"),
+    ]
+    .into_iter()
+    .map(|(name, value)| Setting::set(&format!("/sys/kernel/debug/{name}"), value))
+    .collect()
+}
+
+fn huge_pages() -> Result<Setting> {
+    Setting::set(
+        "/sys/kernel/mm/transparent_hugepage/shmem_enabled",
+        "always",
+    )
+}
+
+/// One fault to inject.
+struct Fault {
+    nth: u32,
+    injected: Cell<bool>,
+}
+
+impl Fault {
+    /// What `op` returns, with the fault injected into it, if it makes that many allocations.
+    fn during<T>(&self, op: impl FnOnce() -> T) -> Result<T> {
+        let file = OpenOptions::new().read(true).write(true).open(NTH)?;
+        let (nth, mut left) = (self.nth.to_string(), [0; 16]);
+        file.write_all_at(nth.as_bytes(), 0)?;
+        let result = op();
+        // Both copy from or to user space, which may be what fails now. That was not `op` then.
+        let read = file.read_at(&mut left, 0);
+        let _ = file.write_at(b"0", 0);
+        self.injected.set(read.is_ok() && left.starts_with(b"0\n"));
+        Ok(result)
+    }
+
+    /// What `op` gave, or nothing if it failed with one of `errnos` because of the fault.
+    fn call<T>(&self, errnos: &[i32], op: impl FnOnce() -> Result<T>) -> Result<Option<T>> {
+        match self.during(op)? {
+            Ok(value) => Ok(Some(value)),
+            Err(err) => {
+                let errno = err
+                    .downcast_ref::<io::Error>()
+                    .and_then(io::Error::raw_os_error);
+                ensure!(
+                    self.injected.get() && errno.is_some_and(|errno| errnos.contains(&errno)),
+                    "{err:#}"
+                );
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// For calls that copy nothing from user space.
+const NO_MEMORY: &[i32] = &[libc::ENOMEM];
+/// For those that do: a path, or an argument.
+const NO_MEMORY_NO_COPY: &[i32] = &[libc::ENOMEM, libc::EFAULT];
+/// For those that make a file as well: shmem says so when it cannot have an inode, as to memfd_create(2).
+const NO_FILE: &[i32] = &[libc::ENOMEM, libc::EFAULT, libc::ENOSPC];
+
+/// What is held in the whole machine. Tests leave it as it was.
+#[derive(Debug, PartialEq)]
+struct Held {
+    files: usize,
+    references: usize,
+    shmem: usize,
+    swap_free: usize,
+}
+
+impl Held {
+    fn now() -> Result<Self> {
+        let files = fs::read_to_string("/proc/sys/fs/file-nr")?;
+        let files = files
+            .split_whitespace()
+            .next()
+            .context("file-nr is empty")?;
+        Ok(Self {
+            files: files.parse()?,
+            references: module_refs()?,
+            shmem: meminfo("Shmem")?,
+            swap_free: meminfo("SwapFree")?,
+        })
+    }
+}
+
+/// Runs `attempt` with its first allocation failing, then its second, and so on, up to where it
+/// makes so many no more. What it maps is to be at [`PLACE`], and is unmapped after it.
+fn walk(what: &str, attempt: impl Fn(&Fault) -> Result<()>) -> Result<()> {
+    let before = Held::now()?;
+    let mut total = 0;
+
+    loop {
+        let fault = Fault {
+            nth: total + 1,
+            injected: Cell::new(false),
+        };
+        attempt(&fault).with_context(|| format!("{what}, allocation {}", fault.nth))?;
+        place(ROOM).unmap()?;
+        if !fault.injected.get() {
+            break;
+        }
+        total += 1;
+    }
+    ensure!(total > 0, "{what}: no fault was injected");
+    println!("{what}: {total} faults");
+    count("faults", total.into());
+    let after = Held::now()?;
+    ensure!(before == after, "{what}: {before:?}, {after:?}");
+    Ok(())
+}
+
+/// Pages in memory and in swap.
+fn present(fd: &OwnedFd) -> Result<usize> {
+    let info = info(fd)?;
+    Ok(info.resident + info.swapped)
+}
+
+fn expect_present(fd: &OwnedFd, pages: usize, when: &str) -> Result<()> {
+    let found = present(fd)?;
+    ensure!(found == pages, "{when}: {found} pages, not {pages}");
+    Ok(())
+}
+
+/// Address space at [`PLACE`].
+fn place(pages: usize) -> Map {
+    Map {
+        addr: ptr::without_provenance_mut(PLACE),
+        pages,
+    }
+}
+
+/// The same, but so far away that it needs other page tables.
+fn elsewhere(pages: usize) -> Map {
+    place(ROOM).part(ROOM / 2, pages)
+}
+
+/// A private mapping of the start of a file.
+fn private(fd: &OwnedFd) -> Result<Map> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_FIXED;
+    let to = elsewhere(PAGES);
+    Ok(Map::new(to.addr, PAGES, RW, flags, fd.as_raw_fd(), 0)?)
+}
+
+/// A file from the device, and one from the ioctl, of `pages` pages.
+fn both_doors(walks: impl Fn(&str, &dyn Fn(usize) -> Result<OwnedFd>) -> Result<()>) -> Result<()> {
+    walks("device", &|_| device())?;
+    walks("ioctl", &ioctl_file)
+}
+
+/// Uses a file, to see that it is whole.
+fn use_and_unmap(fd: &OwnedFd) -> Result<()> {
+    let map = place(PAGES).cover(fd, 0)?;
+    map.fill(TAG);
+    map.check(TAG)?;
+    map.unmap()?;
+    expect_present(fd, 0, "unmapped")
+}
+
+pub fn open_and_ioctl() -> Result<()> {
+    let _injection = injection()?;
+
+    walk("open", |fault| {
+        let dev = fault.call(NO_FILE, || Ok(open(DEVICE, libc::O_RDWR)?))?;
+        dev.map_or(Ok(()), |dev| use_and_unmap(&dev))
+    })?;
+    walk("DEVANON_IOC_NEW", |fault| {
+        let dev = device()?;
+        let next = || -> Result<i32> { Ok(dev.try_clone()?.as_raw_fd()) };
+        let free = next()?;
+        let file = fault.call(NO_FILE, || Ok(ioctl_new(&dev, DEVANON_CLOEXEC, 0)?))?;
+        let Some(file) = file else {
+            ensure!(next()? == free, "descriptor {free} is lost");
+            return use_and_unmap(&ioctl_file(PAGES).context("once more")?);
+        };
+        truncate(&file, PAGES * PAGE)?;
+        use_and_unmap(&file)
+    })?;
+    walk("DEVANON_IOC_NEW, table of descriptors full", |fault| {
+        // A table that has grown stays so: each time one of its own.
+        let mut child = fork(|peer| {
+            let dev = device()?;
+            let mut last = dev.try_clone()?;
+            let mut all = Vec::new();
+            // Of 64, one is left for the fault.
+            while last.as_raw_fd() < 62 {
+                all.push(last);
+                last = dev.try_clone()?;
+            }
+            fault.call(NO_FILE, || Ok(ioctl_new(&dev, 0, 0)?))?;
+            if fault.injected.get() {
+                peer.meet()?;
+            }
+            Ok(())
+        })?;
+        fault.injected.set(child.meet().is_ok());
+        child.join()
+    })
+}
+
+pub fn mmap() -> Result<()> {
+    let _injection = injection()?;
+
+    both_doors(|door, file| {
+        walk(&format!("{door}, mmap"), |fault| {
+            let fd = file(PAGES)?;
+            fault.call(NO_MEMORY, || place(PAGES).cover(&fd, 0))?;
+            use_and_unmap(&fd)
+        })?;
+        walk(&format!("{door}, mmap over pages of it"), |fault| {
+            let fd = file(PAGES + 4)?;
+            let map = place(PAGES).cover(&fd, 0)?;
+            map.fill(TAG);
+            let middle = map.part(4, 4);
+            let new = fault.call(NO_MEMORY, || middle.cover(&fd, PAGES))?;
+            map.part(0, 4).check(TAG)?;
+            map.part(8, PAGES - 8).check(TAG + 8)?;
+            // If it failed late, there is a gap now.
+            if new.is_none() && middle.advise(libc::MADV_NORMAL).is_ok() {
+                expect_present(&fd, PAGES, "not mapped over")?;
+                middle.check(TAG + 4)?;
+            } else {
+                expect_present(&fd, PAGES - 4, "mapped over")?;
+                middle.cover(&fd, PAGES)?.check_zero()?;
+            }
+            map.unmap()?;
+            expect_present(&fd, 0, "unmapped")
+        })
+    })
+}
+
+/// A fault has no errno to give: it is done once more. Whoever asks for pages gets one.
+pub fn touch() -> Result<()> {
+    let _injection = injection()?;
+
+    both_doors(|door, file| {
+        // Each at another end of the file: it is the same code.
+        let page = if door == "device" { FAR } else { 1 };
+        let name = |how| format!("{door}, {how} at page {page:#x}");
+        // With a page at the start, too.
+        let mapped = || -> Result<(OwnedFd, Map)> {
+            let fd = file(page + PAGES)?;
+            elsewhere(1).cover(&fd, 0)?.write(0, TAG);
+            let map = place(PAGES).cover(&fd, page)?;
+            Ok((fd, map))
+        };
+        let end = |fd: &OwnedFd, map: Map| -> Result<()> {
+            map.fill(TAG);
+            map.check(TAG)?;
+            expect_present(fd, 1 + PAGES, "touched")?;
+            map.unmap()?;
+            expect_present(fd, 1, "unmapped")
+        };
+
+        walk(&name("write"), |fault| {
+            let (fd, map) = mapped()?;
+            fault.during(|| map.write(1, TAG + 1))?;
+            expect_present(&fd, 2, "written")?;
+            ensure!(map.read(1) == TAG + 1, "not what was written");
+            end(&fd, map)
+        })?;
+        walk(&name("read"), |fault| {
+            let (fd, map) = mapped()?;
+            ensure!(fault.during(|| map.read(1))? == 0, "not zero");
+            map.check_zero()?;
+            end(&fd, map)
+        })?;
+        walk(&name("populate"), |fault| {
+            let (fd, map) = mapped()?;
+            fault.call(NO_MEMORY, || Ok(map.advise(libc::MADV_POPULATE_WRITE)?))?;
+            map.check_zero()?;
+            end(&fd, map)
+        })?;
+        walk(&name("read of pages that are there"), |fault| {
+            let (fd, map) = mapped()?;
+            elsewhere(PAGES).cover(&fd, page)?.fill(TAG);
+            let found = fault.during(|| map.read(1))?;
+            ensure!(found == TAG + 1, "{found:#x}");
+            map.check(TAG)
+        })?;
+        walk(&format!("{door}, write to a private mapping"), |fault| {
+            let fd = file(PAGES)?;
+            let shared = place(PAGES).cover(&fd, 0)?;
+            shared.fill(TAG);
+            let copy = private(&fd)?;
+            fault.during(|| copy.write(1, 7))?;
+            ensure!(copy.read(1) == 7, "not what was written");
+            shared.check(TAG)?;
+            copy.unmap()?;
+            expect_present(&fd, PAGES, "private unmapped")
+        })?;
+        walk(&format!("{door}, touch of what is in swap"), |fault| {
+            let (fd, map) = filled(file, PAGES)?;
+            page_out(&fd, map)?;
+            let found = fault.during(|| map.read(1))?;
+            ensure!(found == TAG + 1, "{found:#x}");
+            map.check(TAG)?;
+            map.unmap()?;
+            expect_present(&fd, 0, "unmapped")
+        })?;
+
+        let _huge = huge_pages()?;
+        walk(&format!("{door}, write to a huge page"), |fault| {
+            let fd = file(HUGE)?;
+            let map = place(HUGE).cover(&fd, 0)?;
+            fault.during(|| map.write(1, TAG + 1))?;
+            ensure!(map.read(1) == TAG + 1, "not what was written");
+            map.part(2, HUGE - 2).check_zero()?;
+            map.unmap()?;
+            expect_present(&fd, 0, "unmapped")
+        })
+    })
+}
+
+/// Pages at [`PLACE`], with content.
+fn filled(file: &dyn Fn(usize) -> Result<OwnedFd>, pages: usize) -> Result<(OwnedFd, Map)> {
+    let fd = file(pages)?;
+    let map = place(pages).cover(&fd, 0)?;
+    map.fill(TAG);
+    Ok((fd, map))
+}
+
+fn filled_huge(file: &dyn Fn(usize) -> Result<OwnedFd>, pages: usize) -> Result<(OwnedFd, Map)> {
+    let before = meminfo("ShmemHugePages")?;
+    let filled = filled(file, pages)?;
+    let huge = meminfo("ShmemHugePages")? - before;
+    ensure!(huge == pages, "{huge} of {pages} pages are huge");
+    Ok(filled)
+}
+
+/// Unmaps `pages` of `map` from `first` on, with a fault. All goes, or nothing. The rest stays.
+fn unmap_part(fault: &Fault, fd: &OwnedFd, map: Map, first: usize, pages: usize) -> Result<()> {
+    let part = map.part(first, pages);
+    let rest = first + pages;
+    let unmapped = fault.call(NO_MEMORY, || part.unmap())?.is_some();
+    // A huge page may stay whole for want of memory. Its part is empty, and goes with the rest.
+    let left = present(fd)?;
+    let lowest = if unmapped {
+        map.pages - pages
+    } else {
+        map.pages
+    };
+    ensure!(
+        left == lowest || (map.pages >= HUGE && fault.injected.get() && left > lowest),
+        "{left} pages, not {lowest}"
+    );
+    map.part(0, first).check(TAG)?;
+    map.part(rest, map.pages - rest).check(TAG + rest as u64)?;
+    if unmapped {
+        part.cover(fd, first)?.check_zero()?;
+    } else {
+        part.check(TAG + first as u64)?;
+    }
+    map.unmap()?;
+    expect_present(fd, 0, "all unmapped")
+}
+
+pub fn munmap() -> Result<()> {
+    let _injection = injection()?;
+
+    both_doors(|door, file| {
+        for (name, first, pages) in [("all", 0, PAGES), ("the head", 0, 5), ("the middle", 5, 6)] {
+            walk(&format!("{door}, munmap of {name}"), |fault| {
+                let (fd, map) = filled(file, PAGES)?;
+                unmap_part(fault, &fd, map, first, pages)
+            })?;
+            walk(&format!("{door}, munmap of {name}, in swap"), |fault| {
+                let (fd, map) = filled(file, PAGES)?;
+                page_out(&fd, map)?;
+                unmap_part(fault, &fd, map, first, pages)
+            })?;
+        }
+        Ok(())
+    })
+}
+
+pub fn munmap_of_huge_pages() -> Result<()> {
+    let _injection = injection()?;
+    let _huge = huge_pages()?;
+
+    both_doors(|door, file| {
+        walk(
+            &format!("{door}, munmap of a part of a huge page"),
+            |fault| {
+                let (fd, map) = filled_huge(file, HUGE)?;
+                unmap_part(fault, &fd, map, 100, 28)
+            },
+        )?;
+        walk(&format!("{door}, munmap of a part of two"), |fault| {
+            let (fd, map) = filled_huge(file, 2 * HUGE)?;
+            unmap_part(fault, &fd, map, HUGE - 10, 20)
+        })?;
+        walk(
+            &format!("{door}, munmap of a part of one in swap"),
+            |fault| {
+                let (fd, map) = filled_huge(file, HUGE)?;
+                page_out(&fd, map)?;
+                unmap_part(fault, &fd, map, 100, 28)
+            },
+        )
+    })
+}
+
+/// The last mapping holds the file: all goes with it.
+pub fn munmap_when_closed() -> Result<()> {
+    let _injection = injection()?;
+
+    both_doors(|door, file| {
+        walk(&format!("{door}, munmap when closed"), |fault| {
+            let (fd, map) = filled(file, PAGES)?;
+            drop(fd);
+            if fault.call(NO_MEMORY, || map.unmap())?.is_none() {
+                map.check(TAG)?;
+            }
+            Ok(())
+        })
+    })
+}
+
+pub fn exit() -> Result<()> {
+    let _injection = injection()?;
+
+    walk("exit", |fault| {
+        let (dev, map) = filled(&|_| device(), PAGES)?;
+        // SAFETY: Tests are single-threaded, so the child may do as it likes.
+        let pid = cvt(unsafe { libc::fork() })?;
+        if pid == 0 {
+            // Something that is its own, next to what is shared.
+            let own = ioctl_file(PAGES).and_then(|own| elsewhere(PAGES).cover(&own, 0));
+            let status = own.map_or(1, |map| {
+                map.fill(TAG);
+                0
+            });
+            // SAFETY: Ends the child.
+            fault.during(|| unsafe { libc::_exit(status) })?;
+        }
+        // What is left of it still says whether there was a fault.
+        // SAFETY: Our own child; all zero is a `siginfo_t`, which is the kernel's to write.
+        unsafe {
+            let mut info = std::mem::zeroed::<libc::siginfo_t>();
+            let flags = libc::WEXITED | libc::WNOWAIT;
+            cvt(libc::waitid(libc::P_PID, pid as u32, &mut info, flags))?;
+        }
+        let left = fs::read_to_string(format!("/proc/{pid}/fail-nth"))?;
+        fault.injected.set(left.trim() == "0");
+        let status = wait(pid)?;
+        ensure!(status == 0, "child: status {status:#x}");
+        expect_present(&dev, PAGES, "child gone")?;
+        map.check(TAG)
+    })
+}
+
+pub fn mremap() -> Result<()> {
+    let _injection = injection()?;
+    const MOVE: i32 = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+
+    both_doors(|door, file| {
+        // First page and number of what is taken, and the number that is wanted.
+        for (name, first, pages, wanted, flags) in [
+            ("moves", 0, PAGES, PAGES, MOVE),
+            ("moves the middle", 4, 8, 8, MOVE),
+            ("moves and grows", 0, PAGES, 2 * PAGES, MOVE),
+            ("shrinks", 0, PAGES, 4, 0),
+        ] {
+            walk(&format!("{door}, mremap {name}"), |fault| {
+                let fd = file(2 * PAGES)?;
+                let map = place(PAGES).cover(&fd, 0)?;
+                map.fill(TAG);
+                let to = elsewhere(1).addr;
+                let part = map.part(first, pages);
+                let moved = fault.call(NO_MEMORY, || Ok(part.remap(wanted, flags, to)?))?;
+                let kept = wanted.min(pages);
+                match moved {
+                    Some(new) => {
+                        expect_present(&fd, PAGES - pages + kept, "moved")?;
+                        new.part(0, kept).check(TAG + first as u64)?;
+                        new.part(kept, wanted - kept).check_zero()?;
+                        new.unmap()?;
+                    }
+                    None => {
+                        expect_present(&fd, PAGES, "not moved")?;
+                        map.check(TAG)?;
+                    }
+                }
+                map.part(0, first).check(TAG)?;
+                map.unmap()?;
+                expect_present(&fd, 0, "unmapped")
+            })?;
+        }
+        Ok(())
+    })
+}
+
+pub fn mprotect() -> Result<()> {
+    let _injection = injection()?;
+
+    both_doors(|door, file| {
+        walk(&format!("{door}, mprotect of the middle"), |fault| {
+            let (fd, map) = filled(file, PAGES)?;
+            fault.call(NO_MEMORY, || Ok(map.part(4, 8).protect(libc::PROT_READ)?))?;
+            expect_present(&fd, PAGES, "protected, or not")?;
+            map.check(TAG)?;
+            map.unmap()?;
+            expect_present(&fd, 0, "unmapped")
+        })
+    })
+}
+
+/// A fork that fails half way closes the mappings it has copied so far.
+pub fn fork_process() -> Result<()> {
+    let _injection = injection()?;
+
+    walk("fork", |fault| {
+        let (dev, map) = filled(&|_| device(), PAGES)?;
+        let copy = private(&dev)?;
+        copy.fill(7);
+        let child = fault.call(NO_MEMORY, || {
+            // SAFETY: Tests are single-threaded, so the child may do as it likes.
+            let pid = cvt(unsafe { libc::fork() })?;
+            if pid == 0 {
+                let right = map.check(TAG).and_then(|()| copy.check(7));
+                // SAFETY: Ends the child.
+                unsafe { libc::_exit(i32::from(right.is_err())) };
+            }
+            Ok(pid)
+        })?;
+        if let Some(pid) = child {
+            let status = wait(pid)?;
+            ensure!(status == 0, "child: status {status:#x}");
+        }
+        expect_present(&dev, PAGES, "forked, or not")?;
+        map.check(TAG)?;
+        copy.check(7)?;
+        map.unmap()?;
+        expect_present(&dev, PAGES, "a private mapping is one, too")?;
+        copy.unmap()?;
+        expect_present(&dev, 0, "unmapped")
+    })
+}
+
+/// Loads the module again if it is not loaded when this is dropped.
+struct Reload;
+
+impl Drop for Reload {
+    fn drop(&mut self) {
+        if !Path::new("/sys/module/devanon").exists() {
+            let _ = load(MODULE, "");
+        }
+    }
+}
+
+fn nothing_is_left() -> Result<()> {
+    for path in ["/sys/module/devanon", "/sys/class/devanon", DEVICE] {
+        ensure!(!fs::exists(path)?, "{path} is there");
+    }
+    Ok(())
+}
+
+pub fn insmod_and_rmmod() -> Result<()> {
+    need_module()?;
+    let _injection = injection()?;
+    // The loader takes hundreds of pages. The driver takes none but by way of slabs.
+    let _slabs = Setting::set("/sys/kernel/debug/fail_page_alloc/min-order", "11")?;
+    let _reload = Reload;
+
+    walk("rmmod", |fault| {
+        let gone = fault.call(NO_MEMORY_NO_COPY, || Ok(unload("devanon")?))?;
+        if gone.is_some() {
+            nothing_is_left()?;
+            load(MODULE, "")?;
+        }
+        use_and_unmap(&device()?)
+    })?;
+    unload("devanon")?;
+    walk("insmod", |fault| {
+        let loaded = fault.call(NO_MEMORY_NO_COPY, || Ok(load(MODULE, "")?))?;
+        if loaded.is_some() {
+            use_and_unmap(&device()?)?;
+            unload("devanon")?;
+        }
+        nothing_is_left()
+    })
+}
+
+/// Uses the module whenever it is there, until told to stop by the first word of `board`. Counts in
+/// the word of `user` how often it was there.
+fn come_and_go(board: Map, user: usize) -> Result<()> {
+    // One has a node of his own, the others are nobody in particular.
+    let own = format!("/dev/anon-{}", process::id());
+    let path = if user == 0 { &own } else { DEVICE };
+    if user != 0 {
+        // SAFETY: No memory involved.
+        unsafe {
+            cvt(libc::setgid(1000))?;
+            cvt(libc::setuid(1000))?;
+        }
+    }
+
+    while board.read(0) == 0 {
+        if user == 0 {
+            mknod(path)?;
+        }
+        let dev = open(path, libc::O_RDWR);
+        if user == 0 {
+            fs::remove_file(path)?;
+        }
+        match dev {
+            Ok(dev) => {
+                let map = place(PAGES).cover(&dev, 0)?;
+                map.fill(TAG);
+                let file = ioctl_new(&dev, 0, 0)?;
+                drop(dev);
+                truncate(&file, PAGES * PAGE)?;
+                Map::shared(&file, PAGES, 0)?.unmap()?;
+                drop(file);
+                // Only the mapping keeps the module now.
+                map.check(TAG)?;
+                map.unmap()?;
+                board.write(user + 1, board.read(user + 1) + 1);
+            }
+            // EACCES: devtmpfs first makes the node, and then gives it its mode.
+            Err(err) => ensure!(
+                matches!(
+                    err.raw_os_error(),
+                    Some(libc::ENOENT | libc::ENXIO | libc::EACCES)
+                ),
+                "open: {err}"
+            ),
+        }
+        thread::sleep(Duration::from_micros(fastrand::u64(..1000)));
+    }
+    Ok(())
+}
+
+pub fn load_and_unload_a_thousand_times() -> Result<()> {
+    need_module()?;
+    const USERS: usize = 4;
+    const TIMES: u64 = 1000;
+    let patient = Duration::from_secs(60);
+    let _reload = Reload;
+    unload("devanon")?;
+    let before = Held::now()?;
+    let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+    let board = Map::new(ptr::null_mut(), USERS + 1, RW, flags, -1, 0)?;
+    let uses = || (1..=USERS).map(|user| board.read(user)).sum::<u64>();
+    let users = (0..USERS)
+        .map(|user| fork(|_| come_and_go(board, user)))
+        .collect::<Result<Vec<_>>>()?;
+
+    let mut refused = 0;
+    let (mut t_load, mut t_wait, mut t_unload) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
+    let mut rounds = || -> Result<()> {
+        for time in 0..TIMES {
+            let used = uses();
+            let s = Instant::now();
+            load(MODULE, "").with_context(|| format!("load {time}"))?;
+            t_load += s.elapsed();
+            let start = Instant::now();
+            // Now and then somebody has to come first.
+            while time % 10 == 0 && uses() == used && start.elapsed() < patient {
+                thread::sleep(Duration::from_millis(1));
+            }
+            thread::sleep(Duration::from_micros(fastrand::u64(..3000)));
+            t_wait += start.elapsed();
+            let s = Instant::now();
+            while let Err(err) = unload("devanon") {
+                ensure!(
+                    err.raw_os_error() == Some(libc::EAGAIN) && start.elapsed() < 2 * patient,
+                    "unload {time}: {err}"
+                );
+                refused += 1;
+                thread::yield_now();
+            }
+            t_unload += s.elapsed();
+            nothing_is_left()?;
+        }
+        println!("{t_load:?} {t_wait:?} {t_unload:?}");
+        Ok(())
+    };
+    let done = rounds();
+    board.write(0, 1);
+    let ends: Vec<_> = users.into_iter().map(Peer::join).collect();
+    done?;
+    ends.into_iter().collect::<Result<Vec<()>>>()?;
+
+    let uses = uses();
+    println!("{TIMES} times, unload refused {refused} times, used {uses} times");
+    ensure!(uses >= TIMES / 10, "hardly used");
+    board.unmap()?;
+    let after = Held::now()?;
+    ensure!(before == after, "{before:?}, {after:?}");
+    count("operations", 2 * TIMES + uses);
+    Ok(())
+}

@@ -163,6 +163,18 @@ const TESTS: &[Test] = tests! {
     }
     // Whatever the kernel can do to those who want memory.
     faults {
+        open_and_ioctl,
+        mmap,
+        touch,
+        munmap,
+        munmap_of_huge_pages,
+        munmap_when_closed,
+        mremap,
+        mprotect,
+        fork_process,
+        exit,
+        insmod_and_rmmod,
+        load_and_unload_a_thousand_times,
     }
     // And what it does when there is little.
     pressure {

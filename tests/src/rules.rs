@@ -424,7 +424,7 @@ pub fn swapped_out_pages() -> Result<()> {
 }
 
 /// Swaps out `map`, or most of it.
-fn page_out(dev: &OwnedFd, map: Map) -> Result<()> {
+pub fn page_out(dev: &OwnedFd, map: Map) -> Result<()> {
     for _ in 0..20 {
         map.advise(libc::MADV_PAGEOUT).context("MADV_PAGEOUT")?;
         if info(dev)?.swapped >= map.pages * 3 / 4 {
