@@ -5,13 +5,14 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 # Where the module is built: here, or with MO=DIR in DIR.
 KBUILD = $(MAKE) -C $(KDIR) M=$(CURDIR) $(if $(MO),MO=$(MO))
 
-.PHONY: help modules modules_install clean run test stress test-kcsan kernel shell lint rust-analyzer distclean
+.PHONY: help modules modules_install clean run test test-debug stress test-kcsan kernel shell lint rust-analyzer distclean
 .NOTPARALLEL:
 
 help:
 	@echo 'In a build environment of its own, made under build/ at first use (as root):'
 	@echo '  make run             UML guests on /dev/anon in a VM: a table of the host memory they cost'
-	@echo '  make test            every test, on stock Debian kernels, a patched and a debug kernel'
+	@echo '  make test            every test, on stock Debian kernels and a patched one'
+	@echo '  make test-debug      the driver'"'"'s and UML'"'"'s on a kernel with every detector'
 	@echo '  make stress [SECONDS=N]   the race test alone, on the debug kernel; 600 s by default'
 	@echo '  make test-kcsan      the driver'"'"'s tests under the detector of data races'
 	@echo '  make kernel          a kernel with patches/host, /dev/anon built in'
@@ -42,11 +43,15 @@ clean:
 	$(KBUILD) $@
 
 # The full log of each, also of what prepares it.
-run test stress test-kcsan kernel shell lint rust-analyzer: export DEVANON_LOG = $(CURDIR)/build/log/$@.log
+run test test-debug stress test-kcsan kernel shell lint rust-analyzer: export DEVANON_LOG = $(CURDIR)/build/log/$@.log
 
 run test test-kcsan shell lint:
 	@scripts/prepare $@
 	@scripts/$@
+
+test-debug:
+	@scripts/prepare $@
+	@scripts/test debug
 
 stress:
 	@scripts/prepare $@
