@@ -189,7 +189,7 @@ fn stale_node(state: &mut State) -> Result<String> {
         )?
     };
     host::remove_node()?;
-    let gone = fails(&["linux.uml"], 120, "although the module is loaded: mknod")?;
+    let gone = fails(&["linux.uml"], 120, "although its driver is there: mknod")?;
     host::make_node()?;
     not_used(state).context("after the cure")?;
     Ok(format!("{text}\n{gone}"))

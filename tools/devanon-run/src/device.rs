@@ -64,11 +64,11 @@ unsafe impl Ioctl for DevanonNew {
 
 /// The sentence for a failed open.
 fn open_failure(error: Errno) -> Failure {
-    let loaded = Path::new("/sys/module/devanon").exists();
+    let loaded = Path::new("/sys/class/devanon").exists();
     match error {
         Errno::NOENT if loaded => Failure::new(
             120,
-            "there is no /dev/anon although the module is loaded: mknod -m 666 /dev/anon c 1 10",
+            "there is no /dev/anon although its driver is there: mknod -m 666 /dev/anon c 1 10",
         ),
         Errno::NOENT => Failure::new(
             120,
