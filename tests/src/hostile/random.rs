@@ -981,9 +981,9 @@ impl Process<'_> {
 
     /// Writes into the arena of a traced child, as a debugger would.
     ///
-    /// The child also tries to execute a file; none of them may be. Not this process: Linux 7.3
-    /// hangs if one that once had more threads than there are CPUs fails to, and then gets threads
-    /// again, as io_uring's workers are.
+    /// The child also tries to execute a file; none of them may be. Not this process: by its source,
+    /// Linux 7.3 may hang (in `mm_get_cid()`) if one that once had more threads than there are CPUs
+    /// fails to, and then gets threads again, as io_uring's workers are.
     fn poke(&mut self) -> Result<()> {
         let parent = std::process::id();
         let fd = self.fd();
