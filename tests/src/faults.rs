@@ -33,34 +33,6 @@ const FAR: usize = 1 << 40;
 
 const NTH: &str = "/proc/thread-self/fail-nth";
 
-/// A file of settings, put back when dropped.
-struct Setting {
-    path: String,
-    before: String,
-}
-
-impl Setting {
-    fn set(path: &str, value: &str) -> Result<Self> {
-        // What is chosen of several stands in brackets.
-        let before = fs::read_to_string(path).with_context(|| path.to_owned())?;
-        let chosen = before
-            .split_once('[')
-            .and_then(|(_, rest)| rest.split_once(']'));
-        let before = chosen.map_or(before.trim(), |(word, _)| word).to_owned();
-        fs::write(path, value).with_context(|| path.to_owned())?;
-        Ok(Self {
-            path: path.to_owned(),
-            before,
-        })
-    }
-}
-
-impl Drop for Setting {
-    fn drop(&mut self) {
-        let _ = fs::write(&self.path, &self.before);
-    }
-}
-
 /// Has all allocations be such that can fail, and quietly. Skips the test if none can.
 fn injection() -> Result<Vec<Setting>> {
     if !fs::exists(NTH)? {

@@ -16,26 +16,6 @@ use std::{fs, io, mem, ptr, thread};
 /// What tests fill pages with.
 const TAG: u64 = 0x11e1_7000_0000_0000;
 
-/// A file of settings, put back when dropped.
-struct Setting {
-    path: &'static str,
-    before: String,
-}
-
-impl Setting {
-    fn set(path: &'static str, value: impl ToString) -> Result<Self> {
-        let before = fs::read_to_string(path).context(path)?.trim().to_owned();
-        fs::write(path, value.to_string()).context(path)?;
-        Ok(Self { path, before })
-    }
-}
-
-impl Drop for Setting {
-    fn drop(&mut self) {
-        let _ = fs::write(self.path, &self.before);
-    }
-}
-
 /// Waits until `check` is content. Much is freed a little later: by RCU, by a worker, or when the
 /// last reader of some `/proc` file is done.
 fn soon(mut check: impl FnMut() -> Result<()>) -> Result<()> {

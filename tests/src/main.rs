@@ -156,6 +156,7 @@ const TESTS: &[Test] = tests! {
     race {
         collapse,
         collapse_of_what_is_unmapped,
+        fault_of_what_goes_from_swap,
         map_touch_unmap(args, seed: seed, args.race),
     }
     model {

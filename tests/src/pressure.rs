@@ -73,33 +73,6 @@ fn killed(status: c_int) -> bool {
     libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGKILL
 }
 
-/// A setting of the kernel's, put back when dropped.
-struct Setting {
-    path: PathBuf,
-    before: String,
-}
-
-impl Setting {
-    fn new(path: impl Into<PathBuf>, value: &str) -> Result<Self> {
-        let path = path.into();
-        let what = || format!("{value} > {}", path.display());
-        let text = fs::read_to_string(&path).with_context(what)?;
-        // Of `always [madvise] never`, the word that is chosen.
-        let chosen = text
-            .split_once('[')
-            .and_then(|(_, rest)| rest.split_once(']'));
-        let before = chosen.map_or(text.trim(), |(word, _)| word).to_owned();
-        fs::write(&path, value).with_context(what)?;
-        Ok(Self { path, before })
-    }
-}
-
-impl Drop for Setting {
-    fn drop(&mut self) {
-        let _ = fs::write(&self.path, &self.before);
-    }
-}
-
 /// A line of `/proc/vmstat`.
 fn vmstat(name: &str) -> Result<u64> {
     let text = fs::read_to_string("/proc/vmstat")?;
@@ -620,11 +593,11 @@ pub fn huge_pages_of_each_size() -> Result<()> {
     }
     let shmem = meminfo("Shmem")?;
     for (mode, hint) in [("advise", true), ("always", false)] {
-        let _mode = Setting::new(Path::new(THP).join("shmem_enabled"), mode)?;
+        let _mode = Setting::set(Path::new(THP).join("shmem_enabled"), mode)?;
         for knob in ["inherit", "always"] {
             let _knobs = sizes
                 .iter()
-                .map(|(path, _)| Setting::new(path.join("shmem_enabled"), knob))
+                .map(|(path, _)| Setting::set(path.join("shmem_enabled"), knob))
                 .collect::<Result<Vec<_>>>()?;
             for (path, size) in &sizes {
                 let stat = path.join("stats/shmem_alloc");
@@ -666,7 +639,7 @@ pub fn khugepaged_and_compaction(seed: u64) -> Result<()> {
     ];
     let _settings = settings
         .iter()
-        .map(|(file, value)| Setting::new(Path::new(THP).join(file), value))
+        .map(|(file, value)| Setting::set(Path::new(THP).join(file), value))
         .collect::<Result<Vec<_>>>()?;
     let shmem = meminfo("Shmem")?;
     let [dev, file] = both_doors(HUGE)?;
@@ -786,12 +759,12 @@ pub fn pages_move_between_nodes(seed: u64) -> Result<()> {
     let balancing = Path::new("/proc/sys/kernel/numa_balancing");
     let _balancing = balancing
         .exists()
-        .then(|| Setting::new(balancing, "0"))
+        .then(|| Setting::set(balancing, "0"))
         .transpose()?;
     let shmem = meminfo("Shmem")?;
 
     for mode in ["never", "always"] {
-        let _mode = Setting::new(Path::new(THP).join("shmem_enabled"), mode)?;
+        let _mode = Setting::set(Path::new(THP).join("shmem_enabled"), mode)?;
         for fd in both_doors(2 * HUGE)? {
             let (place, map) = aligned(2 * HUGE)?;
             let map = map.cover(&fd, 0)?;
@@ -856,7 +829,7 @@ pub fn processors_come_and_go(seed: u64) -> Result<()> {
     if !fs::exists(ONLINE)? {
         return skip("one processor, or none that can be taken away");
     }
-    let online = Setting::new(ONLINE, "1")?;
+    let online = Setting::set(ONLINE, "1")?;
     let shmem = meminfo("Shmem")?;
     let fds = both_doors(4 * HUGE)?;
     let compaction = compaction()?;

@@ -217,6 +217,56 @@ pub fn collapse() -> Result<()> {
     Ok(())
 }
 
+/// One process unmaps many pages that are in swap. Another maps the last of them meanwhile, brings it
+/// in and writes: between "nobody maps it" and "it is freed", if a fault can get there.
+pub fn fault_of_what_goes_from_swap() -> Result<()> {
+    let place = Map::reserve(PAGES)?;
+    let swap_out = |dev: &OwnedFd| -> Result<Map> {
+        let map = place.cover(dev, 0)?;
+        map.fill(7);
+        map.advise(libc::MADV_PAGEOUT)?;
+        let swapped = info(dev)?.swapped;
+        ensure!(swapped > PAGES / 2, "only {swapped} pages went to swap");
+        Ok(map)
+    };
+    let dev = device()?;
+    let map = swap_out(&dev)?;
+    let start = Instant::now();
+    map.unmap()?;
+    let time = start.elapsed();
+
+    let begun = Map::shared(&memfd(1)?, 1, 0)?;
+    let start = Instant::now();
+    let (mut rounds, mut in_the_middle) = (0u32, 0);
+    while rounds < 16 || start.elapsed() < Duration::from_secs(5) {
+        let dev = device()?;
+        begun.write(0, 0);
+        let child = fork(|_| {
+            let map = swap_out(&dev);
+            begun.write(0, 1);
+            map?.unmap()
+        })?;
+        while begun.read(0) == 0 {}
+        let wait = Instant::now() + time.mul_f64(f64::from(rounds % 16) / 16.0);
+        while Instant::now() < wait {}
+
+        let last = Map::shared(&dev, 1, PAGES - 1)?;
+        in_the_middle += u32::from(info(&dev)?.freed == 0);
+        // SAFETY: Inside the mapping; nobody else writes there.
+        unsafe { last.word(0, 1).write_volatile(0x1234) };
+        child.join()?;
+        // SAFETY: As above.
+        let found = unsafe { last.word(0, 1).read_volatile() };
+        ensure!(found == 0x1234, "round {rounds}: a live page was lost");
+        last.unmap()?;
+        expect_resident(&dev, 0, "all unmapped")?;
+        rounds += 1;
+    }
+    println!("{rounds} rounds of {time:?}, in {in_the_middle} mapped before all was freed");
+    count("operations", u64::from(rounds));
+    Ok(())
+}
+
 /// One thread unmaps a huge page's worth of memory while another has it collapsed, for which the
 /// kernel lets go of `mmap_lock`. What comes of that has lost its last mapping, and has to go.
 pub fn collapse_of_what_is_unmapped() -> Result<()> {

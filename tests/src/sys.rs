@@ -354,6 +354,33 @@ pub fn meminfo(name: &str) -> Result<usize> {
     Ok(kib * 1024 / PAGE)
 }
 
+/// A file of `/proc` or `/sys` that is put back to what it was when this is dropped.
+pub struct Setting {
+    path: PathBuf,
+    before: String,
+}
+
+impl Setting {
+    pub fn set(path: impl Into<PathBuf>, value: impl ToString) -> Result<Self> {
+        let (path, value) = (path.into(), value.to_string());
+        let what = || format!("{value} > {}", path.display());
+        let text = fs::read_to_string(&path).with_context(what)?;
+        // Of `always [madvise] never`, the word that is chosen.
+        let chosen = text
+            .split_once('[')
+            .and_then(|(_, rest)| rest.split_once(']'));
+        let before = chosen.map_or(text.trim(), |(word, _)| word).to_owned();
+        fs::write(&path, &value).with_context(what)?;
+        Ok(Self { path, before })
+    }
+}
+
+impl Drop for Setting {
+    fn drop(&mut self) {
+        let _ = fs::write(&self.path, &self.before);
+    }
+}
+
 /// A control group, ended with all that is in it when dropped.
 pub struct Cgroup(PathBuf);
 

@@ -95,6 +95,7 @@ pub enum Weather {
 struct Shared {
     met: AtomicU64,
     over: AtomicBool,
+    failed: AtomicBool,
     duels: AtomicU64,
     punches: [Punches; WORDS],
 }
@@ -118,7 +119,8 @@ impl Shared {
         let met = self.met.fetch_add(1, SeqCst) + 1;
         let start = Instant::now();
         while self.met.load(SeqCst) < met.next_multiple_of(2) {
-            // It may have failed, or crashed.
+            ensure!(!self.failed.load(SeqCst), "the other side failed");
+            // It may have crashed.
             ensure!(start.elapsed().as_secs() < 120, "the other side is gone");
             std::thread::yield_now();
         }
@@ -437,6 +439,7 @@ pub fn duels(
                 duels: 0,
             };
             side.fight(until)
+                .inspect_err(|_| shared.failed.store(true, SeqCst))
         })
     });
     for side in sides {
