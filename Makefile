@@ -11,8 +11,8 @@ KBUILD = $(MAKE) -C $(KDIR) M=$(CURDIR) $(if $(MO),MO=$(MO))
 help:
 	@echo 'In a build environment of its own, made under build/ at first use (as root):'
 	@echo '  make run             UML guests on /dev/anon in a VM: a table of the host memory they cost'
-	@echo '  make test            every test, on stock Debian kernels and a patched one'
-	@echo '  make test-debug      the driver'"'"'s and UML'"'"'s on a kernel with every detector'
+	@echo '  make test            every test, on stock Debian kernels, a patched and a debug one'
+	@echo '  make test-debug      those of them that concern the kernel with every detector'
 	@echo '  make stress [SECONDS=N]   the race test alone, on the debug kernel; 600 s by default'
 	@echo '  make test-kcsan      the driver'"'"'s tests under the detector of data races'
 	@echo '  make kernel          a kernel with patches/host, /dev/anon built in'

@@ -4,7 +4,7 @@
 //!
 //! This process draws the operations and keeps the model. The others carry them out, each in an
 //! arena of address space of its own. After every operation the driver's own count of pages must
-//! be the model's, and every read must find what the model says.
+//! be the model's, for an object that is drawn as well, and every read must find what it says.
 
 use crate::sys::*;
 use anyhow::{Context, Result, bail, ensure};
@@ -22,8 +22,8 @@ const ARENA: usize = 48;
 const OBJECTS: usize = 4;
 const OBJECT_PAGES: usize = 24;
 
-/// What a process is asked to do: a command and its arguments.
-type Request = [u64; 6];
+/// What a process is asked to do: a command and its arguments, then the object to count afterwards.
+type Request = [u64; 7];
 
 const MAP: u64 = 0;
 const UNMAP: u64 = 1;
@@ -38,9 +38,8 @@ const PUNCH: u64 = 9;
 const FORK: u64 = 10;
 const EXIT: u64 = 11;
 
-/// What it answers: an errno, a value, and of each object how many pages there are, then how many
-/// were freed.
-type Reply = [u64; 2 + 2 * OBJECTS];
+/// What it answers: an errno, a value, and of the object how many pages there are and were freed.
+type Reply = [u64; 4];
 
 /// Requests that are sent together. Each is done and counted before the next.
 const BATCH: usize = 16;
@@ -96,17 +95,12 @@ impl Objects {
         Ok(Self { fds, infos })
     }
 
-    /// Pages there are of each object, then pages freed.
-    fn counts(&self) -> Result<[u64; 2 * OBJECTS]> {
-        let mut counts = [0; 2 * OBJECTS];
-        for (object, file) in self.infos.iter().enumerate() {
-            let mut text = [0; 512];
-            let len = file.read_at(&mut text, 0)?;
-            let info = parse_info(std::str::from_utf8(&text[..len])?)?;
-            counts[object] = (info.resident + info.swapped) as u64;
-            counts[OBJECTS + object] = info.freed;
-        }
-        Ok(counts)
+    /// Pages there are of an object, and pages freed.
+    fn counts(&self, object: usize) -> Result<[u64; 2]> {
+        let mut text = [0; 512];
+        let len = self.infos[object].read_at(&mut text, 0)?;
+        let info = parse_info(std::str::from_utf8(&text[..len])?)?;
+        Ok([(info.resident + info.swapped) as u64, info.freed])
     }
 }
 
@@ -128,12 +122,12 @@ fn serve(mut slot: usize, lines: &[Line], objects: &Objects, arena: Map) -> ! {
                 }
                 _ => carry_out(&request, objects, arena),
             };
-            let mut reply: Reply = [0; 2 + 2 * OBJECTS];
+            let mut reply: Reply = [0; 4];
             match answer {
                 Ok(value) => reply[1] = value,
                 Err(err) => reply[0] = err.raw_os_error().unwrap_or(1) as u64,
             }
-            reply[2..].copy_from_slice(&objects.counts()?);
+            reply[2..].copy_from_slice(&objects.counts(request[6] as usize)?);
             send(&lines[slot].theirs, &[reply])?;
         }
     };
@@ -143,7 +137,7 @@ fn serve(mut slot: usize, lines: &[Line], objects: &Objects, arena: Map) -> ! {
 }
 
 fn carry_out(request: &Request, objects: &Objects, arena: Map) -> std::io::Result<u64> {
-    let [command, at, len, a, b, c] = *request;
+    let [command, at, len, a, b, c, _] = *request;
     let range = || arena.part(at as usize, len as usize);
     match command {
         MAP => {
@@ -246,7 +240,7 @@ impl Page {
 #[derive(Clone, Default)]
 struct Object {
     pages: [Option<Page>; OBJECT_PAGES],
-    /// Pages freed by unmapping in the operation drawn last, for certain.
+    /// Pages freed by unmapping since it was last counted, for certain.
     freed: u64,
     /// As above, but of those that may have been dropped before.
     maybe_freed: u64,
@@ -255,7 +249,7 @@ struct Object {
 /// What the driver is to say of an object after an operation.
 struct Counts {
     pages: RangeInclusive<u64>,
-    /// More than after the one before.
+    /// More than when it was last counted.
     freed: RangeInclusive<u64>,
 }
 
@@ -283,7 +277,7 @@ struct Expectation {
     what: String,
     request: Request,
     value: u64,
-    counts: Vec<Counts>,
+    counts: Counts,
 }
 
 struct Model<'a> {
@@ -308,8 +302,10 @@ impl Model<'_> {
     }
 
     /// Takes note of a request. To be called when the model is as it will be afterwards.
-    fn expect(&mut self, slot: usize, request: Request, value: u64, what: String) -> Result<()> {
-        let counts = self.objects.iter_mut().map(Object::take_counts).collect();
+    fn expect(&mut self, slot: usize, request: [u64; 6], value: u64, what: String) -> Result<()> {
+        let object = self.rng.usize(..OBJECTS);
+        let counts = self.objects[object].take_counts();
+        let [command, at, len, a, b, c] = request;
         if self.pending.0 != slot || self.pending.1.len() == BATCH {
             self.flush()?;
         }
@@ -317,7 +313,7 @@ impl Model<'_> {
         self.pending.1.push(Expectation {
             operation: self.operation,
             what: format!("process {slot}: {what}"),
-            request,
+            request: [command, at, len, a, b, c, object as u64],
             value,
             counts,
         });
@@ -351,7 +347,8 @@ impl Model<'_> {
                     expected.value
                 );
             }
-            self.compare(&reply[2..], &expected.counts)
+            let object = expected.request[6] as usize;
+            self.compare(object, [reply[2], reply[3]], &expected.counts)
                 .with_context(|| format!("operation {operation}"))?;
         }
         Ok(())
@@ -364,23 +361,21 @@ impl Model<'_> {
         self.history.push_back(what);
     }
 
-    /// Holds what the driver says of all objects against the model.
-    fn compare(&mut self, found: &[u64], expected: &[Counts]) -> Result<()> {
-        for (object, counts) in expected.iter().enumerate() {
-            let (pages, freed) = (found[object], found[OBJECTS + object]);
-            ensure!(
-                counts.pages.contains(&pages),
-                "object {object} has {pages} pages, not {:?}",
-                counts.pages
-            );
-            let more = freed - self.freed[object];
-            ensure!(
-                counts.freed.contains(&more),
-                "object {object}: {more} pages freed, not {:?}",
-                counts.freed
-            );
-            self.freed[object] = freed;
-        }
+    /// Holds what the driver says of an object against the model.
+    fn compare(&mut self, object: usize, found: [u64; 2], expected: &Counts) -> Result<()> {
+        let [pages, freed] = found;
+        ensure!(
+            expected.pages.contains(&pages),
+            "object {object} has {pages} pages, not {:?}",
+            expected.pages
+        );
+        let more = freed - self.freed[object];
+        ensure!(
+            expected.freed.contains(&more),
+            "object {object}: {more} pages freed, not {:?}",
+            expected.freed
+        );
+        self.freed[object] = freed;
         Ok(())
     }
 
@@ -684,7 +679,7 @@ impl Model<'_> {
             )?)
         };
         if gently {
-            send(&self.lines[slot].ours, &[[EXIT, 0, 0, 0, 0, 0]])?;
+            send(&self.lines[slot].ours, &[[EXIT, 0, 0, 0, 0, 0, 0]])?;
         } else {
             // SAFETY: A process of ours.
             cvt(unsafe { libc::kill(process.pid, libc::SIGKILL) })?;
@@ -701,9 +696,12 @@ impl Model<'_> {
         );
         self.closed(process.arena.into_iter().flatten().collect());
 
-        let expected: Vec<_> = self.objects.iter_mut().map(Object::take_counts).collect();
-        self.compare(&self.driver.counts()?, &expected)
-            .with_context(|| format!("operation {}: process {slot} ended", self.operation))
+        for object in 0..OBJECTS {
+            let expected = self.objects[object].take_counts();
+            self.compare(object, self.driver.counts(object)?, &expected)
+                .with_context(|| format!("operation {}: process {slot} ended", self.operation))?;
+        }
+        Ok(())
     }
 
     /// Reads every mapped page of every process.

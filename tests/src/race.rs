@@ -272,8 +272,9 @@ pub fn fault_of_what_goes_from_swap() -> Result<()> {
 pub fn collapse_of_what_is_unmapped() -> Result<()> {
     const ROUNDS: u64 = 80;
     let (mut collapsed, mut at_once, mut left, mut stale) = (0, 0, 0, 0);
+    let (mut round, begin) = (0, Instant::now());
 
-    for round in 0..ROUNDS {
+    while round < ROUNDS && (round < 16 || begin.elapsed().as_secs() < 20) {
         let dev = device()?;
         let place = Map::reserve(2 * HUGE)?;
         let skip = place.addr.align_offset(HUGE * PAGE) / PAGE;
@@ -286,7 +287,7 @@ pub fn collapse_of_what_is_unmapped() -> Result<()> {
         }
 
         let addr = map.addr as usize;
-        let delay = Duration::from_micros(150 * round);
+        let delay = Duration::from_micros(150 * (round * 37 % ROUNDS));
         let result = std::thread::scope(|scope| {
             let collapse = scope.spawn(move || {
                 let (addr, pages) = (addr as *mut u8, HUGE);
@@ -309,8 +310,9 @@ pub fn collapse_of_what_is_unmapped() -> Result<()> {
         again.unmap()?;
         expect_resident(&dev, 0, "all unmapped again")?;
         place.unmap()?;
+        round += 1;
     }
-    println!("{ROUNDS} rounds, {collapsed} collapsed, {at_once} not before the unmapping began");
+    println!("{round} rounds, {collapsed} collapsed, {at_once} not before the unmapping began");
     // A collapse may put a page of zeros there once `close` is through. That one goes next time.
     println!("pages were left in {left} rounds");
     ensure!(
