@@ -51,7 +51,8 @@ struct Args {
     /// Seed of what is drawn at random, to replay a run; random by default
     #[arg(long)]
     seed: Option<u64>,
-    /// Seconds of the race test, and of the opens at a pace (a minute at most)
+    /// Seconds of the race test, of the opens at a pace (a minute at most), and of loading and
+    /// unloading (a minute at least)
     #[arg(long, default_value_t = 10)]
     race: u64,
     /// Run this one test in this process (what the program calls itself with)
@@ -175,7 +176,7 @@ const TESTS: &[Test] = tests! {
         fork_process,
         exit,
         insmod_and_rmmod,
-        load_and_unload_a_thousand_times,
+        load_and_unload_a_thousand_times(args, _seed: args.race),
     }
     // And what it does when there is little.
     pressure {
