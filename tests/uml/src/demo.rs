@@ -96,14 +96,11 @@ fn guests() -> Result<()> {
     let mut killed = guests.pop().context("no guest")?;
     let held = killed.memory()?.resident;
     killed.kill(Signal::KILL)?;
-    killed.wait(128 + 9)?;
+    killed.wait(&[128 + 9])?;
     step("one killed with SIGKILL", all.shmem - held)?;
 
     for guest in &mut guests {
-        guest.say("poweroff")?;
-    }
-    for guest in &mut guests {
-        guest.wait(0)?;
+        guest.power_off()?;
     }
     step("the others shut down", before.shmem)?;
     Ok(())

@@ -35,8 +35,11 @@ pub const USER: u32 = 1000;
 pub const SIZE: u32 = 192;
 
 const FILES: &str = "/lib/devanon";
-/// Longer than any guest needs for one answer on a slow machine.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Longer than any guest needs for one answer on a slow machine with a debug kernel.
+const PATIENCE: Duration = Duration::from_secs(600);
+/// What UML ends with when it is powered off. On any kind of memory it now and then aborts after its
+/// last word, when its processes are gone already.
+const POWERED_OFF: &[i32] = &[0, 128 + 6];
 
 pub struct Guest {
     pub name: String,
@@ -94,8 +97,8 @@ impl Guest {
         })
     }
 
-    /// The rest of the guest's next line of its own that begins so.
-    fn expect(&mut self, word: &str) -> Result<String> {
+    /// The rest of the guest's next line that begins so.
+    fn expect(&mut self, begin: &str) -> Result<String> {
         let end = Instant::now() + PATIENCE;
         let why = loop {
             match self
@@ -103,9 +106,7 @@ impl Guest {
                 .recv_timeout(end.saturating_duration_since(Instant::now()))
             {
                 Ok(line) => {
-                    let found = line
-                        .strip_prefix("guest: ")
-                        .and_then(|l| l.strip_prefix(word));
+                    let found = line.strip_prefix(begin);
                     let found = found.map(|rest| rest.trim().to_owned());
                     self.tail.push(line);
                     if let Some(rest) = found {
@@ -117,7 +118,7 @@ impl Guest {
             }
         };
         self.show_tail();
-        bail!("{} did not say \"{word}\" {why}", self.name)
+        bail!("{} did not say \"{begin}\" {why}", self.name)
     }
 
     /// What the guest said last, for the one who has to find out.
@@ -131,7 +132,7 @@ impl Guest {
 
     /// Waits for the guest's user space.
     pub fn wait_up(&mut self) -> Result<()> {
-        self.expect("up")?;
+        self.expect("guest: up")?;
         let run = self.run.id();
         let children = fs::read_to_string(format!("/proc/{run}/task/{run}/children"))?;
         let child = children
@@ -147,7 +148,7 @@ impl Guest {
         let files = fs::read_to_string(format!("{FILES}/workload.sha256"))?
             .lines()
             .count();
-        let answer = self.expect("workload")?;
+        let answer = self.expect("guest: workload")?;
         if answer != format!("ok {files} files") {
             bail!("{}: workload: {answer}, wanted {files} files", self.name);
         }
@@ -195,14 +196,21 @@ impl Guest {
         Ok(kill_process(Pid::from_child(&self.run), signal)?)
     }
 
+    /// Has the guest shut down, and waits for its end.
+    pub fn power_off(&mut self) -> Result<()> {
+        self.say("poweroff")?;
+        self.expect("reboot: Power down")?;
+        self.wait(POWERED_OFF)
+    }
+
     /// Waits for the end of devanon-run, and checks its exit status.
-    pub fn wait(&mut self, wanted: i32) -> Result<()> {
+    pub fn wait(&mut self, wanted: &[i32]) -> Result<()> {
         let end = Instant::now() + PATIENCE;
         while Instant::now() < end {
             if let Some(status) = self.run.try_wait()? {
-                if status.code() != Some(wanted) {
+                if !status.code().is_some_and(|code| wanted.contains(&code)) {
                     self.show_tail();
-                    bail!("{}: {status}, wanted {wanted}", self.name);
+                    bail!("{}: {status}, wanted {wanted:?}", self.name);
                 }
                 return Ok(());
             }
