@@ -108,6 +108,10 @@ struct Cli {
     #[arg(long, value_name = "N", default_value_t = 2)]
     cpus: u32,
 
+    /// Emulates one processor whose nanoseconds are instructions: time in the VM counts them
+    #[arg(long, conflicts_with = "cpus")]
+    icount: bool,
+
     /// Puts a file into the VM (readable and executable for all); may be repeated
     #[arg(long = "file", value_name = "HOST=GUEST", value_parser = file_pair)]
     files: Vec<(PathBuf, String)>,
@@ -304,22 +308,24 @@ fn run(cli: &Cli, directory: &Path, heard: &mut Heard) -> Result<Verdict> {
     let mut machine = Machine {
         image: kernel.image(directory)?,
         kvm: false,
+        icount: cli.icount,
         memory: cli.memory,
-        cpus: cli.cpus,
+        cpus: if cli.icount { 1 } else { cli.cpus },
         append: cli.append.clone(),
         directory: directory.to_owned(),
     };
-    machine.kvm = qemu::kvm_works(Path::new("build/vm/kvm"), || try_kvm(&machine))?;
+    machine.kvm = !cli.icount && qemu::kvm_works(Path::new("build/vm/kvm"), || try_kvm(&machine))?;
     build_initramfs(cli, &kernel, &machine.initramfs())?;
     eprintln!(
         "devanon-vm: {}: {} on {} processors, {} MiB, {}",
         cli.name,
         kernel.release,
-        cli.cpus,
+        machine.cpus,
         cli.memory,
-        match machine.kvm {
-            true => "KVM",
-            false => "TCG (emulation)",
+        match (machine.kvm, machine.icount) {
+            (true, _) => "KVM",
+            (false, false) => "TCG (emulation)",
+            (false, true) => "TCG (emulation), instructions counted",
         }
     );
 
@@ -364,6 +370,7 @@ fn try_kvm(machine: &Machine) -> Result<bool> {
     let trial = Machine {
         image: machine.image.clone(),
         kvm: true,
+        icount: false,
         memory: 512,
         cpus: machine.cpus,
         append: String::new(),

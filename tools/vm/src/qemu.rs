@@ -60,6 +60,8 @@ pub struct Machine {
     pub image: PathBuf,
     /// With KVM, or else emulated.
     pub kvm: bool,
+    /// Emulated, one instruction a nanosecond.
+    pub icount: bool,
     pub memory: u32,
     pub cpus: u32,
     /// Further kernel parameters.
@@ -103,10 +105,17 @@ impl Machine {
         qemu.args(["--pdeathsig", death, "qemu-system-x86_64"])
             .args(["-nodefaults", "-no-user-config", "-no-reboot"])
             .args(["-display", "none", "-machine", MACHINE])
-            .args(match self.kvm {
-                true => ["-accel", "kvm", "-cpu", "host"],
-                false => ["-accel", "tcg,thread=multi", "-cpu", "max"],
+            .args(match (self.kvm, self.icount) {
+                (true, _) => ["-accel", "kvm", "-cpu", "host"],
+                (false, false) => ["-accel", "tcg,thread=multi", "-cpu", "max"],
+                (false, true) => ["-accel", "tcg", "-cpu", "max"],
             })
+            .args(
+                self.icount
+                    .then_some(["-icount", "shift=0"])
+                    .into_iter()
+                    .flatten(),
+            )
             .args(["-smp", &self.cpus.to_string()])
             .args(["-m", &format!("{}M", self.memory)])
             .arg("-kernel")
