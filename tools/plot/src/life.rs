@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The lives of some guests, as the program in the VM writes them: JSON lines.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::anyhow;
+use anyhow::ensure;
+use serde::Deserialize;
+
+/// A line.
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Record {
+    Sample(Sample),
+    Phase(Phase),
+    Figure(Figure),
+    Run(Title),
+}
+
+/// A second of a run. Its shmem_kib and available_kib, of the host, are for other readers.
+#[derive(Deserialize)]
+pub struct Sample {
+    run: String,
+    /// Since the start of the run.
+    pub seconds: f64,
+    /// What the guest's memory file costs the host.
+    pub host_kib: u64,
+    /// None while the guest cannot be asked.
+    pub guest_used_kib: Option<u64>,
+}
+
+/// Where a phase of a run begins.
+#[derive(Deserialize)]
+pub struct Phase {
+    run: String,
+    pub seconds: f64,
+    pub name: String,
+}
+
+#[derive(Deserialize)]
+pub struct Figure {
+    pub name: String,
+    pub value: f64,
+    pub unit: String,
+    /// The value is to be at most this. A figure without is for information.
+    pub goal: Option<f64>,
+}
+
+#[derive(Deserialize)]
+struct Title {
+    run: String,
+    title: String,
+}
+
+/// All of one run, with at least one sample.
+pub struct Run {
+    name: String,
+    pub title: String,
+    pub samples: Vec<Sample>,
+    pub phases: Vec<Phase>,
+}
+
+/// Runs are in the order of their first lines.
+#[derive(Default)]
+pub struct Life {
+    pub runs: Vec<Run>,
+    pub figures: Vec<Figure>,
+}
+
+impl Life {
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        Self::parse(&text).with_context(|| path.display().to_string())
+    }
+
+    /// Takes bytes: what is no record may be a guest's console, and anything.
+    fn parse(text: &[u8]) -> Result<Self> {
+        let mut life = Self::default();
+        for (number, line) in (1..).zip(text.split(|&byte| byte == b'\n')) {
+            if line.starts_with(b"{") {
+                let record = record(line).with_context(|| format!("line {number}"))?;
+                life.add(record);
+            }
+        }
+        ensure!(!life.runs.is_empty(), "no samples");
+        for run in &life.runs {
+            ensure!(!run.samples.is_empty(), "no samples of run {}", run.name);
+        }
+        Ok(life)
+    }
+
+    fn add(&mut self, record: Record) {
+        match record {
+            Record::Sample(sample) => self.run(&sample.run).samples.push(sample),
+            Record::Phase(phase) => self.run(&phase.run).phases.push(phase),
+            Record::Figure(figure) => self.figures.push(figure),
+            Record::Run(title) => self.run(&title.run).title = title.title,
+        }
+    }
+
+    /// The run of that name, which is its title until there is a better one.
+    fn run(&mut self, name: &str) -> &mut Run {
+        let known = self.runs.iter().position(|run| run.name == name);
+        let index = known.unwrap_or_else(|| {
+            self.runs.push(Run {
+                name: name.to_owned(),
+                title: name.to_owned(),
+                samples: vec![],
+                phases: vec![],
+            });
+            self.runs.len() - 1
+        });
+        &mut self.runs[index]
+    }
+}
+
+/// To the parser every line is line 1, which would only confuse.
+fn record(line: &[u8]) -> Result<Record> {
+    serde_json::from_slice(line)
+        .map_err(|error| anyhow!("{}", error.to_string().replace(" at line 1 ", " at ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SAMPLE: &str = concat!(
+        r#"{"sample":{"run":"anon","seconds":1.0,"host_kib":2048,"#,
+        r#""shmem_kib":1,"available_kib":2,"guest_used_kib":null}}"#
+    );
+
+    fn error(text: &str) -> String {
+        match Life::parse(text.as_bytes()) {
+            Ok(_) => panic!("{text} was taken"),
+            Err(error) => format!("{error:#}"),
+        }
+    }
+
+    #[test]
+    fn records_come_to_their_runs() {
+        let text = format!(
+            "KTAP version 1\n{}\n{SAMPLE}\r\n{}\n\n # {{\n{}\n",
+            r#"{"run":{"run":"shm","title":"/dev/shm"}}"#,
+            r#"{"phase":{"run":"shm","seconds":3,"name":"boot"}}"#,
+            SAMPLE.replace("anon", "shm").replace("null", "7"),
+        );
+        let life = Life::parse(&[text.as_bytes(), b"\xff\xfe"].concat()).expect("is well-formed");
+        let titles: Vec<_> = life.runs.iter().map(|run| run.title.as_str()).collect();
+        assert_eq!(titles, ["/dev/shm", "anon"]);
+        assert_eq!(life.runs[0].phases[0].name, "boot");
+        assert_eq!(life.runs[0].samples[0].guest_used_kib, Some(7));
+        assert_eq!(life.runs[1].samples[0].host_kib, 2048);
+        assert_eq!(life.runs[1].samples[0].guest_used_kib, None);
+        assert!(life.figures.is_empty());
+    }
+
+    #[test]
+    fn errors_name_their_lines() {
+        assert_eq!(
+            error(&format!(
+                "{SAMPLE}\nok 1 - {{}}\n{{\"figure\":{{\"name\":\"\",\"value\":1}}}}"
+            )),
+            "line 3: missing field `unit` at column 31"
+        );
+        assert!(error("{").starts_with("line 1: EOF "), "{}", error("{"));
+        let unknown = error("\n{\"guest\":{}}");
+        assert!(
+            unknown.starts_with("line 2: unknown variant `guest`"),
+            "{unknown}"
+        );
+        let huge = error(&SAMPLE.replace("1.0", "1e999"));
+        assert!(huge.starts_with("line 1: number out of range"), "{huge}");
+    }
+
+    #[test]
+    fn no_samples() {
+        assert_eq!(error(""), "no samples");
+        let title = r#"{"run":{"run":"shm","title":"/dev/shm"}}"#;
+        assert_eq!(
+            error(&format!("{SAMPLE}\n{title}")),
+            "no samples of run shm"
+        );
+    }
+}
