@@ -7,13 +7,16 @@ use std::path::Path;
 
 use anyhow::Context;
 use anyhow::Result;
+use anyhow::ensure;
 use rustix::process::Signal;
 
 use crate::guest::Guest;
 use crate::guest::SIZE;
+use crate::guest::Setup;
 use crate::host;
 use crate::host::DEVICE;
 use crate::host::Memory;
+use crate::kernel::wait_reported;
 use crate::over;
 
 const GUESTS: usize = 4;
@@ -70,7 +73,7 @@ fn guests() -> Result<()> {
     row("before", before);
     let mut guests = Vec::new();
     for number in 1..=GUESTS {
-        guests.push(Guest::start(number, &[])?);
+        guests.push(Setup::ours(number).start()?);
     }
     for guest in &mut guests {
         guest.wait_up()?;
@@ -79,29 +82,71 @@ fn guests() -> Result<()> {
     for guest in &mut guests {
         guest.wait_workload()?;
     }
-    let mut total = 0;
-    for guest in &guests {
-        total += guest.memory()?.resident;
-    }
-    let all = step(
+    let full = held(&guests)?;
+    step(
         "all up, 24 MB unpacked and checked in each",
-        before.shmem + total,
+        before.shmem + full,
     )?;
-    println!(
-        "{:<52}{:>12.1}",
-        "  of that on /dev/anon, by fdinfo",
-        mib(total)
+    of_that(full);
+
+    for guest in &mut guests {
+        guest.say("forget")?;
+        guest.expect("guest: forgot")?;
+    }
+    for guest in &guests {
+        wait_reported(guest)?;
+    }
+    let empty = held(&guests)?;
+    ensure!(
+        empty < full - (GUESTS as i64 * (12 << 10)),
+        "{full} KiB, and {empty} after the files were removed"
     );
+    let all = step(
+        "the files removed, free memory reported",
+        before.shmem + empty,
+    )?;
+    of_that(empty);
 
     let mut killed = guests.pop().context("no guest")?;
-    let held = killed.memory()?.resident;
+    let memory = killed.memory()?.cost;
     killed.kill(Signal::KILL)?;
     killed.wait(&[128 + 9])?;
-    step("one killed with SIGKILL", all.shmem - held)?;
+    step("one killed with SIGKILL", all.shmem - memory)?;
 
     for guest in &mut guests {
         guest.power_off()?;
     }
     step("the others shut down", before.shmem)?;
+    unmodified(before)
+}
+
+/// Debian's own UML, which has no idea of /dev/anon.
+fn unmodified(before: Memory) -> Result<()> {
+    let mut guest = Setup::unmodified(1).start()?;
+    guest.wait_up()?;
+    guest.say("unpack")?;
+    guest.wait_workload()?;
+    step(
+        "Debian's unmodified UML at the same work",
+        before.shmem + guest.memory()?.cost,
+    )?;
+    guest.power_off()?;
+    step("shut down", before.shmem)?;
     Ok(())
+}
+
+fn held(guests: &[Guest]) -> Result<i64> {
+    let mut total = 0;
+    for guest in guests {
+        total += guest.memory()?.cost;
+    }
+    Ok(total)
+}
+
+fn of_that(total: i64) {
+    println!(
+        "{:<52}{:>12.1}",
+        "  of that on /dev/anon, by fdinfo",
+        mib(total)
+    );
 }

@@ -5,6 +5,7 @@
 use std::fs;
 use std::fs::File;
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::thread;
@@ -112,36 +113,128 @@ pub fn filesystem(path: &str) -> Result<(i64, i64)> {
     Ok((kib(fs.f_blocks - fs.f_bfree), kib(fs.f_blocks)))
 }
 
-/// What a file of /dev/anon says about itself: bytes, and KiB of the pages in memory.
-pub struct Anon {
-    pub size: i64,
-    pub resident: i64,
+/// What a UML keeps its memory in.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Backing {
+    /// A file of /dev/anon, made by its ioctl.
+    Anon,
+    /// /dev/anon itself.
+    Device,
+    Memfd,
+    /// A temporary file.
+    File,
 }
 
-/// The largest file of /dev/anon that a process has open: a UML's physical memory.
-pub fn memory_file(pid: i32) -> Result<Option<Anon>> {
-    let mut largest: Option<Anon> = None;
+/// A UML's physical memory: what it is in, its size in bytes, and what it costs, in KiB.
+#[derive(Clone, Copy, Debug)]
+pub struct MemoryFile {
+    pub backing: Backing,
+    pub size: i64,
+    pub cost: i64,
+}
+
+/// The largest file without a name that a process has open, or else /dev/anon itself.
+pub fn memory_file(pid: i32) -> Result<Option<MemoryFile>> {
+    let mut largest: Option<MemoryFile> = None;
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
         let entry = entry?;
         let target = match fs::read_link(entry.path()) {
-            Ok(target) => target,
+            Ok(target) => target.to_string_lossy().into_owned(),
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
             Err(error) => return Err(error.into()),
         };
-        if target != Path::new("/dev/anon (deleted)") {
-            continue;
-        }
-        let info = Path::new(&format!("/proc/{pid}/fdinfo")).join(entry.file_name());
-        let info = fs::read_to_string(info)?;
-        let size = field(&info, "anon-size")?;
+        let backing = match target.strip_suffix(" (deleted)") {
+            Some(DEVICE) => Backing::Anon,
+            Some(name) if name.starts_with("/memfd:uml-physmem") => Backing::Memfd,
+            Some(name) if !name.starts_with("/memfd:") => Backing::File,
+            None if target == DEVICE => Backing::Device,
+            _ => continue,
+        };
+        let (size, cost) = match backing {
+            Backing::Anon | Backing::Device => {
+                let info = Path::new(&format!("/proc/{pid}/fdinfo")).join(entry.file_name());
+                let info = fs::read_to_string(info)?;
+                let pages = field(&info, "anon-resident")? + field(&info, "anon-swapped")?;
+                let size = field(&info, "anon-size")?;
+                // The device is as large as can be; what it is used for tells nothing of the size.
+                (if backing == Backing::Device { 0 } else { size }, pages * 4)
+            }
+            Backing::Memfd | Backing::File => {
+                let meta = fs::metadata(entry.path())?;
+                (meta.len() as i64, meta.blocks() as i64 / 2)
+            }
+        };
         if largest.as_ref().is_none_or(|found| found.size < size) {
-            largest = Some(Anon {
+            largest = Some(MemoryFile {
+                backing,
                 size,
-                resident: field(&info, "anon-resident")? * 4,
+                cost,
             });
         }
     }
     Ok(largest)
+}
+
+/// The children of a process, the oldest first.
+pub fn children(pid: i32) -> Result<Vec<i32>> {
+    let mut found = Vec::new();
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let text = fs::read_to_string(task?.path().join("children"))?;
+        for word in text.split_whitespace() {
+            found.push(word.parse()?);
+        }
+    }
+    Ok(found)
+}
+
+/// How many mappings a process has, and how many of them of what UML keeps its memory in.
+pub fn mappings(pid: i32) -> Result<(usize, usize)> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let of_memory = maps.lines().filter(|line| {
+        line.ends_with(" (deleted)") && !line.contains("/memfd:uml-userspace")
+            || line.ends_with(DEVICE)
+    });
+    Ok((maps.lines().count(), of_memory.count()))
+}
+
+/// How many mappings of a process continue the one before them, with the same rights and the next
+/// page of the same file, and yet are two.
+pub fn unmerged(pid: i32) -> Result<usize> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let mut unmerged = 0;
+    // Where the last one ends, in memory and in the file; its rights and its file.
+    let mut last = None;
+    for line in maps.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [range, rights, offset, device, inode, ..] = words[..] else {
+            continue;
+        };
+        let (start, end) = range.split_once('-').context("maps")?;
+        let hex = |text| u64::from_str_radix(text, 16);
+        let (start, end, offset) = (hex(start)?, hex(end)?, hex(offset)?);
+        let rest = (rights.to_owned(), device.to_owned(), inode.to_owned());
+        if inode != "0" && last == Some((start, offset, rest.clone())) {
+            unmerged += 1;
+        }
+        last = Some((end, offset + (end - start), rest));
+    }
+    Ok(unmerged)
+}
+
+/// Processes of a user, kernel threads and the dead not among them.
+pub fn processes(user: u32) -> Result<Vec<i32>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let entry = entry?;
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else {
+            continue;
+        };
+        let owner = entry.metadata().map(|m| m.uid());
+        if owner.is_ok_and(|uid| uid == user) {
+            found.push(pid);
+        }
+    }
+    Ok(found)
 }
 
 /// Is the driver there, as a module or built in?

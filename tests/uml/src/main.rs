@@ -1,17 +1,25 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! UML guests on `/dev/anon`. Runs as root in the test VM, with the tree that scripts/uml-guest
-//! makes. Standard output has the tests in KTAP, or the demonstration's table.
+//! makes. Standard output has tests in KTAP, a demonstration's table, or what devanon-plot reads.
 
 mod demo;
 mod guest;
 mod host;
+mod kernel;
+mod ktap;
+mod life;
+mod mconsole;
 mod over;
-mod tests;
+mod sandbox;
+mod unmodified;
+mod userland;
 
 use std::process::ExitCode;
 
+use anyhow::Result;
 use clap::Parser;
+use clap::ValueEnum;
 
 /// UML guests on /dev/anon, inside the test VM
 ///
@@ -19,26 +27,49 @@ use clap::Parser;
 #[derive(Parser)]
 #[command(version)]
 struct Args {
-    /// Show the host's memory with guests and without, instead of testing
-    #[arg(long)]
-    demo: bool,
+    scenario: Scenario,
     /// The kernel has patches/host: a node opened before its driver was there works
     #[arg(long)]
     node_works: bool,
+    /// Of the userland scenario: every backing and every mode, ten times as long
+    #[arg(long)]
+    long: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Scenario {
+    /// Tests: Debian's unmodified UML, by devanon-run
+    Unmodified,
+    /// Tests: our UML, its options, reporting, hot-plug
+    Kernel,
+    /// Tests: a Debian userland on our UML
+    Userland,
+    /// Shows the host's memory with guests and without
+    Demo,
+    /// The life of a Debian guest, on /dev/anon and as it is today: samples and figures
+    Life,
+    /// What /dev/anon and reporting cost in instructions: figures (for a VM with --icount)
+    Count,
+}
+
+fn shown(result: Result<()>) -> bool {
+    if let Err(error) = &result {
+        eprintln!("devanon-uml: {error:#}");
+    }
+    result.is_ok()
 }
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    if args.demo {
-        return match demo::run() {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("devanon-uml: {error:#}");
-                ExitCode::FAILURE
-            }
-        };
-    }
-    if tests::run(args.node_works) {
+    let good = match args.scenario {
+        Scenario::Unmodified => unmodified::run(args.node_works),
+        Scenario::Kernel => kernel::run(),
+        Scenario::Userland => userland::run(args.long),
+        Scenario::Demo => shown(demo::run()),
+        Scenario::Life => shown(life::run()),
+        Scenario::Count => shown(life::count()),
+    };
+    if good {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The tests, in the order they run: each leaves the machine as the next one wants it.
+//! Debian's unmodified UML on /dev/anon, by devanon-run.
 
 use std::fs;
 use std::fs::File;
@@ -20,12 +20,15 @@ use rustix::process::Signal;
 
 use crate::guest::Guest;
 use crate::guest::RUN;
+use crate::guest::Setup;
 use crate::guest::UML;
 use crate::guest::USER;
 use crate::host;
 use crate::host::DEVICE;
 use crate::host::Memory;
 use crate::host::SHMEM_TOLERANCE;
+use crate::ktap;
+use crate::ktap::Test;
 use crate::over;
 
 const GUESTS: usize = 4;
@@ -44,12 +47,10 @@ struct State {
     guests: Vec<Guest>,
 }
 
-type Test = fn(&mut State) -> Result<String>;
-
 /// What a test returns that cannot be run because the driver is built in.
 const BUILT_IN: &str = "SKIP the driver is built in";
 
-const TESTS: &[(&str, Test)] = &[
+const TESTS: &[Test<State>] = &[
     ("devanon-run: no /dev/anon", no_device),
     ("devanon-run: a node without its driver", no_driver),
     (
@@ -97,29 +98,11 @@ const TESTS: &[(&str, Test)] = &[
 ];
 
 pub fn run(node_works: bool) -> bool {
-    println!("KTAP version 1\n1..{}", TESTS.len());
     let mut state = State {
         node_works,
         ..State::default()
     };
-    let mut good = true;
-    for (number, (name, test)) in (1..).zip(TESTS) {
-        match test(&mut state) {
-            Ok(text) if text == BUILT_IN => println!("ok {number} {name} # {text}"),
-            Ok(text) => {
-                for line in text.lines() {
-                    println!("# {line}");
-                }
-                println!("ok {number} {name}");
-            }
-            Err(error) => {
-                let text = format!("{error:#}").replace('\n', "\n# ");
-                println!("# {text}\nnot ok {number} {name}");
-                good = false;
-            }
-        }
-    }
-    good
+    ktap::run(TESTS, &mut state)
 }
 
 /// devanon-run as the unprivileged user.
@@ -287,7 +270,7 @@ fn boot(state: &mut State) -> Result<String> {
     let noexec = mount_remount("/dev", MountFlags::BIND | MountFlags::NOEXEC, "")
         .context("remounting /dev")
         .and_then(|()| {
-            let mut guest = Guest::start(1, &[])?;
+            let mut guest = Setup::unmodified(1).start()?;
             guest.wait_up()?;
             Ok(guest)
         });
@@ -296,7 +279,9 @@ fn boot(state: &mut State) -> Result<String> {
     // The second one starts with a process that ends before there is any other: the page of
     // UML's system call stub is then mapped by nobody.
     for (number, arguments) in [(2, &["rdinit=/broken"][..]), (3, &[]), (GUESTS, &[])] {
-        state.guests.push(Guest::start(number, arguments)?);
+        state
+            .guests
+            .push(Setup::unmodified(number).with(arguments).start()?);
     }
     for guest in &mut state.guests[1..] {
         guest.wait_up()?;
@@ -340,15 +325,15 @@ fn on_device(state: &mut State) -> Result<String> {
         let mappings = guest.mappings()?;
         ensure!(mappings > 0, "{} maps nothing of /dev/anon", guest.name);
         ensure!(
-            memory.resident > 8 << 10,
+            memory.cost > 8 << 10,
             "{} has only {} KiB",
             guest.name,
-            memory.resident
+            memory.cost
         );
-        total += memory.resident;
+        total += memory.cost;
         text += &format!(
             "{}: {} KiB in {mappings} mappings\n",
-            guest.name, memory.resident
+            guest.name, memory.cost
         );
     }
     let grown = Memory::now()?.shmem - before.shmem;
@@ -365,7 +350,7 @@ fn more_than_tmp(state: &mut State) -> Result<String> {
     let (shm_used, shm) = host::filesystem("/dev/shm")?;
     let mut total = 0;
     for guest in &state.guests {
-        total += guest.memory()?.resident;
+        total += guest.memory()?.cost;
     }
     ensure!(total > tmp + shm, "{total} KiB fit into /tmp and /dev/shm");
     ensure!(
@@ -380,7 +365,7 @@ fn more_than_tmp(state: &mut State) -> Result<String> {
 /// Ends a guest and checks that Shmem falls by what the guest held.
 fn give_back(state: &mut State, end: fn(&mut Guest) -> Result<()>) -> Result<String> {
     let mut guest = state.guests.pop().context("no guest")?;
-    let resident = guest.memory()?.resident;
+    let resident = guest.memory()?.cost;
     let before = Memory::now()?;
     end(&mut guest)?;
     let after = Memory::with_shmem(before.shmem - resident)?;

@@ -1,0 +1,733 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Our own UML, patches/uml: what it keeps its memory in, what it gives back, what it can be asked for.
+
+use std::fs;
+use std::thread;
+use std::time::Duration;
+use std::time::Instant;
+
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::ensure;
+use rustix::fs::Mode;
+use rustix::fs::OFlags;
+use rustix::mount::MountFlags;
+use rustix::mount::UnmountFlags;
+use rustix::mount::mount;
+use rustix::mount::mount_bind;
+use rustix::mount::mount_remount;
+use rustix::mount::unmount;
+use rustix::process::Pid;
+use rustix::process::Signal;
+use rustix::process::kill_process;
+use rustix::pty::OpenptFlags;
+use rustix::pty::grantpt;
+use rustix::pty::openpt;
+use rustix::pty::ptsname;
+use rustix::pty::unlockpt;
+use rustix::termios::Winsize;
+use rustix::termios::tcsetwinsize;
+
+use crate::guest::Guest;
+use crate::guest::POWERED_OFF;
+use crate::guest::Setup;
+use crate::guest::USER;
+use crate::host;
+use crate::host::Backing;
+use crate::host::DEVICE;
+use crate::host::Memory;
+use crate::ktap;
+use crate::ktap::Test;
+use crate::sandbox;
+
+/// Room for temporary files as memory, which /dev/shm here is too small for.
+const ROOM: &str = "/room";
+/// The host's memory may exceed what the guest uses by so much once it has reported its free pages:
+/// each processor keeps some, and so does reporting itself when there are few.
+const EXCESS: i64 = 8 << 10;
+/// Free pages are reported after two seconds; a list of many takes up to sixteen turns.
+const REPORTED: Duration = Duration::from_secs(60);
+
+const TESTS: &[Test<()>] = &[
+    ("no /dev/anon: a memfd", no_device),
+    ("/dev/anon may not be opened: a memfd", no_permission),
+    ("/dev/anon: a file of its own", own_file),
+    (
+        "/dev mounted noexec: a file of /dev/anon all the same",
+        noexec,
+    ),
+    ("no ioctl in the sandbox: the device itself", no_ioctl),
+    (
+        "no ioctl, and /dev mounted noexec: a memfd",
+        no_ioctl_noexec,
+    ),
+    (
+        "no ioctl, no memfd, /dev mounted noexec: a temporary file",
+        nothing,
+    ),
+    ("files may not be large: the device itself", small_files),
+    ("physmem= is obeyed", chosen),
+    (
+        "physmem=anon without /dev/anon: no boot, and the reason",
+        refused,
+    ),
+    (
+        "a temporary file where noexec is mounted: no boot, and the reason",
+        noexec_file,
+    ),
+    (
+        "options that make no sense: no boot, and the reason",
+        nonsense,
+    ),
+    (
+        "ptrace: right files, and free memory goes back, on each backing",
+        ptrace,
+    ),
+    ("seccomp: the same", seccomp),
+    ("seccomp with two processors: the same", two_processors),
+    ("page_reporting=off: it stays", not_reported),
+    (
+        "poisoned pages: they stay, and are not taken for overwritten",
+        poisoned,
+    ),
+    ("page_reporting=9: small blocks stay", large_blocks),
+    (
+        "half of the memory is taken and given back while the guest works, ten times",
+        hot_plug,
+    ),
+    ("hot-plug: what cannot be done is refused", hot_plug_refused),
+    (
+        "a guest lives with all of its memory taken that there is",
+        squeezed,
+    ),
+    (
+        "hot-plug with two processors, on each backing",
+        hot_plug_others,
+    ),
+    (
+        "a process of a guest is killed: the guest goes on",
+        process_killed,
+    ),
+    ("SIGKILL leaves nothing behind", killed),
+    ("sixteen guests, with 16 MiB of /dev/shm", sixteen),
+    (
+        "a terminal as console: its helper holds no memory, and passes on its size",
+        terminal,
+    ),
+    ("the module unloads", unload),
+];
+
+pub fn run() -> bool {
+    prepare() && ktap::run(TESTS, &mut ())
+}
+
+/// Makes room for temporary files, and loads the module.
+pub fn prepare() -> bool {
+    let prepared = fs::create_dir_all(ROOM)
+        .map_err(Into::into)
+        .and_then(|()| {
+            mount(
+                "room",
+                ROOM,
+                "tmpfs",
+                MountFlags::empty(),
+                c"size=1g,mode=1777",
+            )
+            .context(ROOM)
+        })
+        .and_then(|()| host::load_module());
+    if let Err(error) = &prepared {
+        eprintln!("devanon-uml: {error:#}");
+    }
+    prepared.is_ok()
+}
+
+/// A booted guest; it must have its memory there, and the log lines with "hysical memory" must be these.
+fn boots(setup: Setup, backing: Backing, lines: &[&str]) -> Result<Guest> {
+    let mut guest = setup.start()?;
+    guest.wait_up()?;
+    let is = guest.memory()?.backing;
+    ensure!(is == backing, "memory is in {is:?}, wanted {backing:?}");
+    let log = guest.log("hysical.memory")?;
+    ensure!(
+        log.len() == lines.len() && log.iter().zip(lines).all(|(l, wanted)| l.ends_with(wanted)),
+        "the log has {log:?}, wanted {lines:?}"
+    );
+    Ok(guest)
+}
+
+/// Boots, and shuts down again.
+fn chooses(setup: Setup, backing: Backing, lines: &[&str]) -> Result<String> {
+    boots(setup, backing, lines)?.power_off()?;
+    Ok(lines.join("\n"))
+}
+
+/// Does something with /dev mounted noexec.
+fn with_noexec(body: impl FnOnce() -> Result<String>) -> Result<String> {
+    mount_bind("/dev", "/dev").context("binding /dev")?;
+    let result = mount_remount("/dev", MountFlags::BIND | MountFlags::NOEXEC, "")
+        .context("remounting /dev")
+        .and_then(|()| body());
+    unmount("/dev", UnmountFlags::DETACH)?;
+    result
+}
+
+const ON_FILE: &str = "Physical memory is in /dev/anon, a file of its own";
+const ON_DEVICE: &str = "Physical memory is in /dev/anon, the device itself";
+const ON_MEMFD: &str = "Physical memory is in a memfd";
+const NOT_PERMITTED: &str = "Physical memory cannot be in /dev/anon: Operation not permitted";
+
+fn no_device(_: &mut ()) -> Result<String> {
+    host::remove_node()?;
+    let lines = [
+        "Physical memory cannot be in /dev/anon: No such file or directory",
+        ON_MEMFD,
+    ];
+    let result = chooses(Setup::ours(1), Backing::Memfd, &lines);
+    host::make_node()?;
+    result
+}
+
+fn no_permission(_: &mut ()) -> Result<String> {
+    host::chmod(DEVICE, 0o600)?;
+    let lines = [
+        "Physical memory cannot be in /dev/anon: Permission denied",
+        ON_MEMFD,
+    ];
+    let result = chooses(Setup::ours(1), Backing::Memfd, &lines);
+    host::chmod(DEVICE, 0o666)?;
+    result
+}
+
+fn own_file(_: &mut ()) -> Result<String> {
+    chooses(Setup::ours(1), Backing::Anon, &[ON_FILE])
+}
+
+fn noexec(_: &mut ()) -> Result<String> {
+    with_noexec(|| chooses(Setup::ours(1), Backing::Anon, &[ON_FILE]))
+}
+
+fn no_ioctl(_: &mut ()) -> Result<String> {
+    let setup = Setup::ours(1).prepare(sandbox::no_ioctl);
+    let mut guest = boots(setup, Backing::Device, &[ON_DEVICE])?;
+    guest.say("unpack")?;
+    guest.wait_workload()?;
+    guest.power_off()?;
+    Ok(String::new())
+}
+
+fn no_ioctl_noexec(_: &mut ()) -> Result<String> {
+    with_noexec(|| {
+        let setup = Setup::ours(1).prepare(sandbox::no_ioctl);
+        chooses(setup, Backing::Memfd, &[NOT_PERMITTED, ON_MEMFD])
+    })
+}
+
+fn nothing(_: &mut ()) -> Result<String> {
+    with_noexec(|| {
+        let setup = Setup::ours(1)
+            .prepare(sandbox::no_memfd)
+            .environment("TMPDIR", ROOM);
+        let lines = [
+            NOT_PERMITTED,
+            "Physical memory cannot be in a memfd: Operation not permitted",
+            "Physical memory is in /room",
+        ];
+        chooses(setup, Backing::File, &lines)
+    })
+}
+
+fn small_files(_: &mut ()) -> Result<String> {
+    let setup = Setup::ours(1).prepare(sandbox::small_files);
+    chooses(setup, Backing::Device, &[ON_DEVICE])
+}
+
+fn chosen(_: &mut ()) -> Result<String> {
+    for (backing, line) in [
+        (Backing::Anon, ON_FILE),
+        (Backing::Memfd, ON_MEMFD),
+        (Backing::File, "Physical memory is in /room"),
+    ] {
+        chooses(on(1, backing), backing, &[line])?;
+    }
+    Ok(String::new())
+}
+
+/// A guest with its memory there, by an option.
+pub fn on(number: usize, backing: Backing) -> Setup {
+    let word = match backing {
+        Backing::Anon | Backing::Device => "physmem=anon",
+        Backing::Memfd => "physmem=memfd",
+        Backing::File => "physmem=file",
+    };
+    let setup = Setup::ours(number).with(&[word]);
+    match backing {
+        Backing::Device => setup.prepare(sandbox::no_ioctl),
+        Backing::File => setup.environment("TMPDIR", ROOM),
+        Backing::Anon | Backing::Memfd => setup,
+    }
+}
+
+const BACKINGS: [Backing; 4] = [
+    Backing::Anon,
+    Backing::Device,
+    Backing::Memfd,
+    Backing::File,
+];
+
+/// It must not boot, and say this, in one line.
+fn fails(setup: Setup, sentence: &str) -> Result<String> {
+    let (status, stderr) = setup.fails()?;
+    let said: Vec<&str> = stderr.lines().filter(|l| l.contains(sentence)).collect();
+    ensure!(
+        status == 1 && said.len() == 1,
+        "status {status}, wanted 1 and a line with \"{sentence}\": {stderr}"
+    );
+    Ok(said.concat())
+}
+
+fn refused(_: &mut ()) -> Result<String> {
+    host::remove_node()?;
+    let result = fails(
+        Setup::ours(1).with(&["physmem=anon"]),
+        "Physical memory cannot be in /dev/anon: No such file or directory",
+    );
+    host::make_node()?;
+    result
+}
+
+fn noexec_file(_: &mut ()) -> Result<String> {
+    mount_remount(ROOM, MountFlags::NOEXEC, "size=1g,mode=1777")?;
+    let result = fails(on(1, Backing::File), "/room must be not mounted noexec");
+    mount_remount(ROOM, MountFlags::empty(), "size=1g,mode=1777")?;
+    result
+}
+
+fn nonsense(_: &mut ()) -> Result<String> {
+    let mut text = String::new();
+    for (word, sentence) in [
+        ("physmem=disk", "'disk', expected anon/memfd/file"),
+        ("physmem=", "'', expected anon/memfd/file"),
+        ("page_reporting=11", "'11', expected off or 0 to 10"),
+        ("page_reporting=-1", "'-1', expected off or 0 to 10"),
+        ("page_reporting=on", "'on', expected off or 0 to 10"),
+    ] {
+        text += &fails(Setup::ours(1).with(&[word]), sentence)?;
+        text += "\n";
+    }
+    Ok(text)
+}
+
+/// Waits until the host pays for no more than the guest uses, and a little.
+pub fn wait_reported(guest: &Guest) -> Result<i64> {
+    let end = Instant::now() + REPORTED;
+    loop {
+        let excess = guest.excess()?;
+        if excess <= EXCESS {
+            return Ok(excess);
+        }
+        ensure!(
+            Instant::now() < end,
+            "{}: the host still pays {excess} KiB more than the guest uses",
+            guest.name
+        );
+        thread::sleep(Duration::from_millis(500));
+    }
+}
+
+/// On each backing: right files, and after they are removed the host has their memory back.
+fn life(arguments: &[&str]) -> Result<String> {
+    let mut guests = Vec::new();
+    for (number, backing) in (1..).zip(BACKINGS) {
+        guests.push((backing, on(number, backing).with(arguments).start()?));
+    }
+    let mut text = String::new();
+    for (_, guest) in &mut guests {
+        guest.wait_up()?;
+        guest.say("unpack")?;
+    }
+    for (_, guest) in &mut guests {
+        guest.wait_workload()?;
+    }
+    for (backing, mut guest) in guests {
+        let full = guest.memory()?.cost;
+        ensure!(full > 30 << 10, "{backing:?}: only {full} KiB");
+        guest.say("forget")?;
+        guest.expect("guest: forgot")?;
+        let excess = wait_reported(&guest)?;
+        let after = guest.memory()?.cost;
+        ensure!(
+            after < full - (12 << 10),
+            "{backing:?}: {full} KiB, then {after}"
+        );
+        // What came back is memory like any other.
+        guest.say("unpack")?;
+        guest.wait_workload()?;
+        guest.power_off()?;
+        text += &format!("{backing:?}: {full} KiB, then {after}; {excess} more than in use\n");
+    }
+    Ok(text)
+}
+
+fn ptrace(_: &mut ()) -> Result<String> {
+    life(&[])
+}
+
+fn seccomp(_: &mut ()) -> Result<String> {
+    life(&["seccomp=on"])
+}
+
+fn two_processors(_: &mut ()) -> Result<String> {
+    life(&["seccomp=on", "ncpus=2"])
+}
+
+/// What the host still pays beyond the guest's use, some seconds after the guest forgot its files.
+fn unreported(arguments: &[&str]) -> Result<i64> {
+    let mut guest = Setup::ours(1).with(arguments).start()?;
+    guest.wait_up()?;
+    guest.say("unpack")?;
+    guest.wait_workload()?;
+    guest.say("forget")?;
+    guest.expect("guest: forgot")?;
+    thread::sleep(Duration::from_secs(8));
+    let excess = guest.excess()?;
+    guest.power_off()?;
+    Ok(excess)
+}
+
+fn not_reported(_: &mut ()) -> Result<String> {
+    let excess = unreported(&["page_reporting=off"])?;
+    ensure!(
+        excess > EXCESS + (4 << 10),
+        "only {excess} KiB more than in use"
+    );
+    Ok(format!("{excess} KiB more than in use"))
+}
+
+fn poisoned(_: &mut ()) -> Result<String> {
+    let mut guest = Setup::ours(1).with(&["page_poison=1"]).start()?;
+    guest.wait_up()?;
+    let log = guest.log("ree.memory.stays")?;
+    ensure!(
+        log.len() == 1 && log[0].ends_with("Free memory stays: it is poisoned"),
+        "the log has {log:?}"
+    );
+    guest.say("unpack")?;
+    guest.wait_workload()?;
+    // Memory that was taken and comes back reads as zeros, too.
+    plug_cycles(&mut guest, 2)?;
+    let log = guest.log("-i.corruption")?;
+    ensure!(log.is_empty(), "{log:?}");
+    guest.power_off()?;
+    Ok(String::new())
+}
+
+fn large_blocks(_: &mut ()) -> Result<String> {
+    let all = unreported(&["page_reporting=0"])?;
+    let large = unreported(&["page_reporting=9"])?;
+    ensure!(
+        all < large,
+        "order 0: {all} KiB more than in use; order 9: {large}"
+    );
+    Ok(format!(
+        "order 0: {all} KiB more than in use; order 9: {large}"
+    ))
+}
+
+/// Takes half of the guest's memory and gives it back while it checks its files.
+fn plug_cycles(guest: &mut Guest, cycles: usize) -> Result<String> {
+    let console = guest.mconsole()?;
+    let half = guest.size() / 2;
+    let total =
+        |console: &crate::mconsole::Console| host::field(&console.proc("meminfo")?, "MemTotal");
+    let before = total(&console)?;
+    let whole = console.plugged()?;
+    ensure!(whole.unplugged == 0, "{whole:?}");
+    for _ in 0..cycles {
+        guest.say("check")?;
+        let (all, now) = console.plug(-half)?;
+        ensure!(all && now.moved == half && now.unplugged == half, "{now:?}");
+        ensure!(
+            now == crate::mconsole::Plugged {
+                moved: half,
+                ..console.plugged()?
+            },
+            "{now:?}"
+        );
+        let cost = guest.memory()?.cost;
+        ensure!(
+            cost <= guest.size() - half,
+            "{cost} KiB with half of it unplugged"
+        );
+        let small = total(&console)?;
+        ensure!(
+            small == before - half,
+            "MemTotal {before}, then {small} KiB"
+        );
+        guest.wait_workload()?;
+
+        guest.say("check")?;
+        let (all, now) = console.plug(half)?;
+        ensure!(all && now.moved == half && now.unplugged == 0, "{now:?}");
+        ensure!(now.plugged == whole.plugged, "{now:?}, {whole:?}");
+        guest.wait_workload()?;
+    }
+    let after = total(&console)?;
+    ensure!(after == before, "MemTotal {before}, then {after} KiB");
+    Ok(format!("{half} KiB, {cycles} times; MemTotal {before} KiB"))
+}
+
+fn hot_plug(_: &mut ()) -> Result<String> {
+    let mut guest = Setup::ours(1).size(256).start()?;
+    guest.wait_up()?;
+    guest.say("unpack")?;
+    guest.wait_workload()?;
+    let text = plug_cycles(&mut guest, 10)?;
+    guest.power_off()?;
+    Ok(text)
+}
+
+fn hot_plug_others(_: &mut ()) -> Result<String> {
+    for backing in BACKINGS {
+        let setup = on(1, backing).size(256).with(&["seccomp=on", "ncpus=2"]);
+        let mut guest = setup.start()?;
+        guest.wait_up()?;
+        guest.say("unpack")?;
+        guest.wait_workload()?;
+        plug_cycles(&mut guest, 2).with_context(|| format!("{backing:?}"))?;
+        guest.power_off()?;
+    }
+    Ok(String::new())
+}
+
+fn hot_plug_refused(_: &mut ()) -> Result<String> {
+    let mut guest = Setup::ours(1).start()?;
+    guest.wait_up()?;
+    let console = guest.mconsole()?;
+    let mut text = String::new();
+    for (words, sentence) in [
+        ("mem=64M", "start with '-' or '+'"),
+        ("mem=-64Q", "parse memory increment"),
+        ("mem=-", "multiple of the page size"),
+        ("mem=-0", "multiple of the page size"),
+        ("mem=-1000", "multiple of the page size"),
+        ("mem=+4097", "multiple of the page size"),
+        ("mem=--4096", "parse memory increment"),
+    ] {
+        match console.ask(&format!("config {words}"))? {
+            Err(said) if said.contains(sentence) => text += &format!("{words}: {said}\n"),
+            answer => anyhow::bail!("{words}: {answer:?}, wanted \"{sentence}\""),
+        }
+    }
+    // Nothing is unplugged, so nothing can be plugged.
+    let (all, now) = console.plug(4)?;
+    ensure!(!all && now.moved == 0 && now.unplugged == 0, "{now:?}");
+    // More than there is, by more than any number of KiB: what can be taken is, and all comes back.
+    let answer = console.ask("config mem=-8000000000000M")?;
+    ensure!(answer.is_err(), "{answer:?}");
+    let taken = console.plugged()?.unplugged;
+    let (all, now) = console.plug(taken)?;
+    ensure!(all && now.moved == taken && now.unplugged == 0, "{now:?}");
+    guest.say("unpack")?;
+    guest.wait_workload()?;
+    guest.power_off()?;
+    Ok(text)
+}
+
+fn squeezed(_: &mut ()) -> Result<String> {
+    let mut guest = Setup::ours(1).start()?;
+    guest.wait_up()?;
+    guest.say("unpack")?;
+    guest.wait_workload()?;
+    let console = guest.mconsole()?;
+    let (all, now) = console.plug(-(guest.size() * 2))?;
+    ensure!(!all && now.moved == now.unplugged, "{now:?}");
+    // Once more: there is nothing left.
+    let (all, more) = console.plug(-(16 << 10))?;
+    ensure!(!all && more.moved < 4 << 10, "{more:?}");
+    let meminfo = console.proc("meminfo")?;
+    let available = host::field(&meminfo, "MemAvailable")?;
+    ensure!(
+        (4 << 10..12 << 10).contains(&available),
+        "{available} KiB are available"
+    );
+    for _ in 0..3 {
+        guest.say("check")?;
+        guest.wait_workload()?;
+    }
+    let killed = guest.log("-i.kill")?;
+    ensure!(killed.is_empty(), "{killed:?}");
+    let cost = guest.memory()?.cost;
+    let (all, now) = console.plug(console.plugged()?.unplugged)?;
+    ensure!(all, "{now:?}");
+    guest.power_off()?;
+    Ok(format!(
+        "{} KiB taken, {available} available, the host pays {cost} KiB",
+        now.moved
+    ))
+}
+
+fn process_killed(_: &mut ()) -> Result<String> {
+    for arguments in [&[][..], &["seccomp=on"]] {
+        let mut guest = Setup::ours(1).with(arguments).start()?;
+        guest.wait_up()?;
+        guest.say("unpack")?;
+        guest.wait_workload()?;
+        let before = host::children(guest.pid())?;
+        guest.say("sleeper")?;
+        guest.expect("guest: sleeper")?;
+        let sleeper = host::children(guest.pid())?
+            .into_iter()
+            .find(|pid| !before.contains(pid))
+            .context("the sleeper has no process on the host")?;
+        kill_process(Pid::from_raw(sleeper).context("process 0")?, Signal::KILL)?;
+        guest.say("wake")?;
+        guest.expect("guest: awake")?;
+        guest.say("check")?;
+        guest.wait_workload()?;
+        guest.power_off()?;
+    }
+    nothing_left()
+}
+
+/// No process of the guests' user is left.
+fn nothing_left() -> Result<String> {
+    let end = Instant::now() + Duration::from_secs(10);
+    loop {
+        let left = host::processes(USER)?;
+        if left.is_empty() {
+            return Ok(String::new());
+        }
+        ensure!(Instant::now() < end, "processes {left:?} are left");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn killed(_: &mut ()) -> Result<String> {
+    let mut text = String::new();
+    for (backing, arguments) in [
+        (Backing::Anon, &[][..]),
+        (Backing::Device, &["seccomp=on"]),
+        (Backing::Anon, &["seccomp=on", "ncpus=2"]),
+    ] {
+        let before = Memory::now()?;
+        let mut guest = on(1, backing).with(arguments).start()?;
+        guest.wait_up()?;
+        guest.say("unpack")?;
+        guest.wait_workload()?;
+        let held = guest.memory()?.cost;
+        guest.kill(Signal::KILL)?;
+        guest.wait(&[128 + 9])?;
+        nothing_left()?;
+        let after = Memory::with_shmem(before.shmem)?;
+        text += &format!(
+            "{arguments:?}: held {held} KiB; Shmem {} KiB, then {}\n",
+            before.shmem, after.shmem
+        );
+    }
+    Ok(text)
+}
+
+fn sixteen(_: &mut ()) -> Result<String> {
+    const GUESTS: usize = 16;
+    mount_remount("/dev/shm", MountFlags::empty(), "size=16m,mode=1777")?;
+    let before = Memory::now()?;
+    let mut guests = Vec::new();
+    for number in 1..=GUESTS {
+        guests.push(Setup::ours(number).size(128).start()?);
+    }
+    let mut total = 0;
+    for guest in &mut guests {
+        guest.wait_up()?;
+        guest.say("unpack")?;
+    }
+    for guest in &mut guests {
+        guest.wait_workload()?;
+    }
+    for guest in &guests {
+        total += guest.memory()?.cost;
+    }
+    let (used, size) = host::filesystem("/dev/shm")?;
+    ensure!(
+        size == 16 << 10 && used < 1024,
+        "/dev/shm: {used} of {size} KiB"
+    );
+    ensure!(total > 16 * (30 << 10), "only {total} KiB in all");
+    for guest in &mut guests {
+        guest.power_off()?;
+    }
+    drop(guests);
+    Memory::with_shmem(before.shmem)?;
+    mount_remount("/dev/shm", MountFlags::empty(), "size=8m,mode=1777")?;
+    Ok(format!("{total} KiB in all"))
+}
+
+fn terminal(_: &mut ()) -> Result<String> {
+    let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY)?;
+    grantpt(&ours)?;
+    unlockpt(&ours)?;
+    let theirs = rustix::fs::open(
+        ptsname(&ours, Vec::new())?.as_c_str(),
+        OFlags::RDWR | OFlags::NOCTTY,
+        Mode::empty(),
+    )?;
+    rustix::fs::fchown(
+        &theirs,
+        Some(rustix::fs::Uid::from_raw(USER)),
+        Some(rustix::fs::Gid::from_raw(USER)),
+    )?;
+    let keyboard = fs::File::from(ours.try_clone()?);
+    let mut guest = Setup::ours(1).terminal(keyboard, theirs).start()?;
+    guest.wait_up()?;
+
+    let helpers: Vec<i32> = host::children(guest.pid())?
+        .into_iter()
+        .filter(|pid| {
+            fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("linux"))
+        })
+        .collect();
+    ensure!(helpers.len() == 1, "{} helpers, wanted one", helpers.len());
+    let (_, of_helper) = host::mappings(helpers[0])?;
+    let (_, of_guest) = host::mappings(guest.pid())?;
+    ensure!(
+        of_helper == 0 && of_guest > 0,
+        "{of_helper} mappings of the memory in the helper, {of_guest} in UML"
+    );
+
+    for (rows, columns) in [(31, 97), (25, 80)] {
+        let size = Winsize {
+            ws_row: rows,
+            ws_col: columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        tcsetwinsize(&ours, size)?;
+        let wanted = format!("{rows} {columns}");
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            guest.say("size")?;
+            let is = guest.expect("guest: size")?;
+            if is == wanted {
+                break;
+            }
+            ensure!(
+                Instant::now() < end,
+                "the guest's console is {is}, wanted {wanted}"
+            );
+            thread::sleep(Duration::from_millis(200));
+        }
+    }
+    guest.say("poweroff")?;
+    guest.wait(POWERED_OFF)?;
+    nothing_left()
+}
+
+fn unload(_: &mut ()) -> Result<String> {
+    if !host::is_module()? {
+        return Ok(format!("{}the driver is built in", ktap::SKIP));
+    }
+    host::unload_module()?;
+    host::remove_node()?;
+    Ok(String::new())
+}

@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The life of a Debian guest, and what it costs: JSON lines for devanon-plot.
+
+use std::io;
+use std::mem;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+use std::thread;
+use std::time::Duration;
+use std::time::Instant;
+
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::ensure;
+use serde_json::json;
+
+use crate::guest::Guest;
+use crate::host;
+use crate::host::Backing;
+use crate::kernel::on;
+use crate::kernel::prepare;
+use crate::mconsole::Console;
+
+/// What the guest believes to have, in MiB.
+const SIZE: u32 = 256;
+/// Long enough for all that is free to be reported.
+const IDLE: Duration = Duration::from_secs(45);
+
+/// As UML is today: its memory is a temporary file on tmpfs, and what is free stays in there.
+const TODAY: &[&str] = &["page_reporting=off"];
+
+fn figure(name: &str, value: f64, unit: &str, goal: Option<f64>) {
+    println!(
+        "{}",
+        json!({"figure": {"name": name, "value": value, "unit": unit, "goal": goal}})
+    );
+}
+
+fn mib(kib: i64) -> f64 {
+    kib as f64 / 1024.0
+}
+
+/// Takes a sample each second until told to stop.
+fn sample(
+    run: &'static str,
+    pid: i32,
+    console: Option<Console>,
+    stop: &AtomicBool,
+    start: Instant,
+) {
+    while !stop.load(Relaxed) {
+        let line = || -> Result<String> {
+            let memory = host::memory_file(pid)?.context("no memory file")?;
+            let meminfo = std::fs::read_to_string("/proc/meminfo")?;
+            let used = match &console {
+                None => None,
+                Some(console) => {
+                    let meminfo = console.proc("meminfo")?;
+                    Some(host::field(&meminfo, "MemTotal")? - host::field(&meminfo, "MemFree")?)
+                }
+            };
+            Ok(json!({"sample": {
+                "run": run,
+                "seconds": start.elapsed().as_secs_f64(),
+                "host_kib": memory.cost,
+                "shmem_kib": host::field(&meminfo, "Shmem")?,
+                "available_kib": host::field(&meminfo, "MemAvailable")?,
+                "guest_used_kib": used,
+            }})
+            .to_string())
+        };
+        // At the very beginning there is no memory yet, and at the end no more.
+        if let Ok(line) = line() {
+            println!("{line}");
+        }
+        thread::sleep(Duration::from_secs(1));
+    }
+}
+
+/// Host memory at the login prompt, at its most, and at the end; what of the last the guest has no
+/// use for. In KiB.
+struct Costs {
+    prompt: i64,
+    most: i64,
+    end: i64,
+    excess: i64,
+}
+
+fn life(run: &'static str, title: &str, mut guest: Guest) -> Result<Costs> {
+    println!("{}", json!({"run": {"run": run, "title": title}}));
+    let start = Instant::now();
+    let phase = |name: &str| {
+        let seconds = start.elapsed().as_secs_f64();
+        println!(
+            "{}",
+            json!({"phase": {"run": run, "seconds": seconds, "name": name}})
+        );
+        eprintln!("devanon-uml: {run}: {name}");
+    };
+    let stop = Arc::new(AtomicBool::new(false));
+    let pid = guest.pid();
+    let sampler = |console| {
+        let stop = stop.clone();
+        thread::spawn(move || sample(run, pid, console, &stop, start))
+    };
+    phase("boot");
+    let first = sampler(None);
+    guest.wait_up()?;
+    stop.store(true, Relaxed);
+    let _ = first.join();
+    stop.store(false, Relaxed);
+    let second = sampler(Some(guest.mconsole()?));
+    let prompt = guest.memory()?.cost;
+    guest.log_in()?;
+    phase("unpack, check");
+    guest.work("unpack")?;
+    phase("compile, Python");
+    guest.work("compile")?;
+    guest.work("python")?;
+    phase("read programs");
+    guest.say("cat /usr/bin/* /usr/lib/x86_64-linux-gnu/* >/dev/null 2>&1; echo read")?;
+    guest.expect("read")?;
+    let most = guest.memory()?.cost;
+    phase("drop caches, idle");
+    guest.work("forget")?;
+    thread::sleep(IDLE);
+    let end = guest.memory()?.cost;
+    stop.store(true, Relaxed);
+    let _ = second.join();
+    let excess = guest.excess()?;
+    guest.power_off()?;
+    Ok(Costs {
+        prompt,
+        most,
+        end,
+        excess,
+    })
+}
+
+pub fn run() -> Result<()> {
+    ensure!(prepare(), "the VM is not as it should be");
+    let ours = life(
+        "anon",
+        "/dev/anon, free pages reported",
+        on(1, Backing::Anon).debian().size(SIZE).start()?,
+    )?;
+    let today = life(
+        "tmpfs",
+        "a file on tmpfs, as today",
+        on(1, Backing::File)
+            .with(TODAY)
+            .debian()
+            .size(SIZE)
+            .start()?,
+    )?;
+    figure(
+        "host memory beyond what the guest uses, after it dropped its caches",
+        mib(ours.excess),
+        "MiB",
+        Some(10.0),
+    );
+    figure(
+        "  the same on tmpfs, as today",
+        mib(today.excess),
+        "MiB",
+        None,
+    );
+    for (name, ours, today) in [
+        ("at the login prompt", ours.prompt, today.prompt),
+        ("at work", ours.most, today.most),
+        ("after it dropped its caches", ours.end, today.end),
+    ] {
+        figure(
+            &format!("host memory {name}, /dev/anon"),
+            mib(ours),
+            "MiB",
+            None,
+        );
+        figure(
+            &format!("host memory {name}, tmpfs as today"),
+            mib(today),
+            "MiB",
+            None,
+        );
+    }
+    Ok(())
+}
+
+/// Processor time that the children we waited for have used, and their children: under -icount a
+/// nanosecond is an instruction.
+fn instructions() -> Result<f64> {
+    // SAFETY: a rusage of zeros is one, and it is written to.
+    let usage = unsafe {
+        let mut usage: libc::rusage = mem::zeroed();
+        if libc::getrusage(libc::RUSAGE_CHILDREN, &raw mut usage) != 0 {
+            return Err(io::Error::last_os_error().into());
+        }
+        usage
+    };
+    let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
+    Ok((seconds(usage.ru_utime) + seconds(usage.ru_stime)) * 1e9)
+}
+
+/// All instructions of a guest's life: its boot to the login prompt, some work or none, its end.
+fn cost(backing: Backing, arguments: &[&str], work: bool) -> Result<f64> {
+    let before = instructions()?;
+    let mut guest = on(1, backing).with(arguments).debian().size(SIZE).start()?;
+    guest.wait_up()?;
+    if work {
+        guest.log_in()?;
+        for words in ["unpack", "compile", "check", "forget", "unpack", "compile"] {
+            guest.work(words)?;
+        }
+    } else {
+        guest.log_in()?;
+    }
+    guest.power_off()?;
+    let cost = instructions()? - before;
+    eprintln!(
+        "devanon-uml: {backing:?} {arguments:?}, work: {work}: {:.2} thousand million instructions",
+        cost / 1e9
+    );
+    Ok(cost)
+}
+
+pub fn count() -> Result<()> {
+    ensure!(prepare(), "the VM is not as it should be");
+    // The first guest also pays for what the host does once.
+    cost(Backing::File, TODAY, false)?;
+    let tmpfs = cost(Backing::File, TODAY, false)?;
+    let anon = cost(Backing::Anon, TODAY, false)?;
+    figure(
+        "instructions of a boot to the login prompt, /dev/anon against tmpfs",
+        anon / tmpfs,
+        "",
+        Some(1.02),
+    );
+    let silent = cost(Backing::Anon, TODAY, true)?;
+    let reported = cost(Backing::Anon, &[], true)?;
+    figure(
+        "instructions of a workload, free pages reported against not",
+        reported / silent,
+        "",
+        Some(1.03),
+    );
+    Ok(())
+}

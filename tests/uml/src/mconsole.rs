@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A guest's management console: one datagram asks, one or more answer.
+
+use std::fs;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::bail;
+use anyhow::ensure;
+
+const MAGIC: u32 = 0xcafe_babe;
+const VERSION: u32 = 2;
+/// Of a request and of an answer, the terminating NUL with it.
+const DATA: usize = 512;
+
+/// How long an answer may take: unplugging may have to write pages back first.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What the console says of the guest's memory, in KiB.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Plugged {
+    /// By the request that was answered; 0 of a query.
+    pub moved: i64,
+    pub plugged: i64,
+    pub unplugged: i64,
+}
+
+pub struct Console {
+    socket: UnixDatagram,
+    /// Where our end is bound: the guest answers there.
+    path: PathBuf,
+}
+
+impl Console {
+    /// The console of the guest whose directory (uml_dir/umid) this is.
+    pub fn open(directory: &Path) -> Result<Self> {
+        let path = directory.join("client");
+        let _ = fs::remove_file(&path);
+        let socket = UnixDatagram::bind(&path).with_context(|| path.display().to_string())?;
+        // The guest is another user.
+        crate::host::chmod(path.to_str().context("not UTF-8")?, 0o666)?;
+        socket
+            .connect(directory.join("mconsole"))
+            .context("mconsole")?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self { socket, path })
+    }
+
+    /// Asks, and gives the answer: of a request that went well, or of one that did not.
+    pub fn ask(&self, command: &str) -> Result<Result<String, String>> {
+        ensure!(command.len() < DATA, "too long a request");
+        let mut request = Vec::new();
+        for word in [MAGIC, VERSION, command.len() as u32] {
+            request.extend(word.to_ne_bytes());
+        }
+        request.extend(command.as_bytes());
+        request.resize(12 + DATA, 0);
+        self.socket.send(&request).context("mconsole")?;
+
+        let mut text = String::new();
+        let mut good = true;
+        loop {
+            let mut answer = [0; 12 + DATA];
+            let size = self
+                .socket
+                .recv(&mut answer)
+                .with_context(|| format!("no answer to \"{command}\""))?;
+            let word = |n: usize| {
+                let bytes = answer[4 * n..][..4].try_into().expect("four bytes");
+                u32::from_ne_bytes(bytes)
+            };
+            ensure!(size >= 12, "a short answer to \"{command}\"");
+            good &= word(0) == 0;
+            let data = &answer[12..size];
+            let end = data.iter().position(|&b| b == 0).unwrap_or(data.len());
+            text += &String::from_utf8_lossy(&data[..end]);
+            if word(1) == 0 {
+                return Ok(if good { Ok(text) } else { Err(text) });
+            }
+        }
+    }
+
+    /// A file of the guest's /proc.
+    pub fn proc(&self, file: &str) -> Result<String> {
+        match self.ask(&format!("proc {file}"))? {
+            Ok(text) => Ok(text),
+            Err(text) => bail!("proc {file}: {text}"),
+        }
+    }
+
+    /// Plugs (+) or unplugs (-) so many KiB. Whether all of it could be moved, and what there is.
+    pub fn plug(&self, kib: i64) -> Result<(bool, Plugged)> {
+        let answer = self.ask(&format!("config mem={kib:+}K"))?;
+        Ok((answer.is_ok(), plugged(&answer.unwrap_or_else(|e| e))?))
+    }
+
+    pub fn plugged(&self) -> Result<Plugged> {
+        match self.ask("config mem")? {
+            Ok(text) => plugged(&text),
+            Err(text) => bail!("config mem: {text}"),
+        }
+    }
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Reads `moved=8192K plugged=188416K unplugged=8192K`.
+fn plugged(text: &str) -> Result<Plugged> {
+    let field = |name: &str| {
+        text.split(' ')
+            .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+            .and_then(|value| value.strip_suffix('K')?.parse().ok())
+    };
+    Ok(Plugged {
+        moved: field("moved").unwrap_or(0),
+        plugged: field("plugged").with_context(|| format!("no plugged=: {text}"))?,
+        unplugged: field("unplugged").with_context(|| format!("no unplugged=: {text}"))?,
+    })
+}
