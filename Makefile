@@ -5,7 +5,8 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 # Where the module is built: here, or with MO=DIR in DIR.
 KBUILD = $(MAKE) -C $(KDIR) M=$(CURDIR) $(if $(MO),MO=$(MO))
 
-.PHONY: help modules modules_install clean run test test-debug stress test-kcsan kernel shell lint rust-analyzer distclean
+.PHONY: help modules modules_install clean run test test-debug stress test-kcsan stress-uml demo-uml \
+	kernel uml shell lint rust-analyzer distclean
 .NOTPARALLEL:
 
 help:
@@ -15,6 +16,9 @@ help:
 	@echo '  make test-debug      those of them that concern the kernel with every detector'
 	@echo '  make stress [SECONDS=N]   the race test alone, on the debug kernel; 600 s by default'
 	@echo '  make test-kcsan      the driver'"'"'s tests under the detector of data races'
+	@echo '  make stress-uml      a Debian userland on UML, on all that its memory can be in'
+	@echo '  make demo-uml        the life of a Debian guest: a picture, and figures with their goals'
+	@echo '  make uml             a UML with patches/uml, the guest'"'"'s kernel'
 	@echo '  make kernel          a kernel with patches/host, /dev/anon built in'
 	@echo '  make shell           a shell in a VM with the module loaded'
 	@echo '  make lint            rustfmt, clippy, shellcheck, checkpatch, sparse'
@@ -43,9 +47,9 @@ clean:
 	$(KBUILD) $@
 
 # The full log of each, also of what prepares it.
-run test test-debug stress test-kcsan kernel shell lint rust-analyzer: export DEVANON_LOG = $(CURDIR)/build/log/$@.log
+run test test-debug stress test-kcsan stress-uml demo-uml kernel uml shell lint rust-analyzer: export DEVANON_LOG = $(CURDIR)/build/log/$@.log
 
-run test test-kcsan shell lint:
+run test test-kcsan stress-uml demo-uml shell lint:
 	@scripts/prepare $@
 	@scripts/$@
 
@@ -57,7 +61,7 @@ stress:
 	@scripts/prepare $@
 	@scripts/$@ $(or $(SECONDS),600)
 
-kernel rust-analyzer:
+kernel uml rust-analyzer:
 	@scripts/prepare $@
 
 distclean:
