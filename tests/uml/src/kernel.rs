@@ -52,6 +52,7 @@ const REPORTED: Duration = Duration::from_secs(60);
 const TESTS: &[Test<()>] = &[
     ("no /dev/anon: a memfd", no_device),
     ("/dev/anon may not be opened: a memfd", no_permission),
+    ("something else under the name: a memfd", other_file),
     ("/dev/anon: a file of its own", own_file),
     (
         "/dev mounted noexec: a file of /dev/anon all the same",
@@ -197,6 +198,20 @@ fn no_permission(_: &mut ()) -> Result<String> {
     ];
     let result = chooses(Setup::ours(1), Backing::Memfd, &lines);
     host::chmod(DEVICE, 0o666)?;
+    result
+}
+
+fn other_file(_: &mut ()) -> Result<String> {
+    host::remove_node()?;
+    fs::write(DEVICE, "")?;
+    host::chmod(DEVICE, 0o666)?;
+    let lines = [
+        "Physical memory cannot be in /dev/anon: No such device",
+        ON_MEMFD,
+    ];
+    let result = chooses(Setup::ours(1), Backing::Memfd, &lines);
+    host::remove_node()?;
+    host::make_node()?;
     result
 }
 

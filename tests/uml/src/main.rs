@@ -31,7 +31,7 @@ struct Args {
     /// The kernel has patches/host: a node opened before its driver was there works
     #[arg(long)]
     node_works: bool,
-    /// Of the userland scenario: every backing and every mode, ten times as long
+    /// Of the userland scenario: every backing and every mode, and more stress
     #[arg(long)]
     long: bool,
 }

@@ -62,7 +62,7 @@ fn works(state: &mut State, backing: Backing, arguments: &[&str]) -> Result<Stri
     let mut guest = setup.debian().size(256).start()?;
     guest.wait_up()?;
     guest.log_in()?;
-    let seconds = if state.long { 100 } else { 5 };
+    let seconds = if state.long { 30 } else { 5 };
     let mut cycles = 0;
     for words in [
         "compile",
