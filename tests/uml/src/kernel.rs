@@ -475,6 +475,8 @@ fn plug_cycles(guest: &mut Guest, cycles: usize) -> Result<String> {
             cost <= guest.size() - half,
             "{cost} KiB with half of it unplugged"
         );
+        let balloon = host::field(&console.proc("meminfo")?, "Balloon")?;
+        ensure!(balloon == half, "Balloon is {balloon} KiB");
         let small = total(&console)?;
         ensure!(
             small == before - half,
@@ -538,10 +540,26 @@ fn hot_plug_refused(_: &mut ()) -> Result<String> {
     // Nothing is unplugged, so nothing can be plugged.
     let (all, now) = console.plug(4)?;
     ensure!(!all && now.moved == 0 && now.unplugged == 0, "{now:?}");
-    // More than there is, by more than any number of KiB: what can be taken is, and all comes back.
-    let answer = console.ask("config mem=-8000000000000M")?;
-    ensure!(answer.is_err(), "{answer:?}");
-    let taken = console.plugged()?.unplugged;
+    // More than there is, by more than 64 bits hold, and by a little.
+    for words in ["mem=-8000000000000M", "mem=+193M"] {
+        let answer = console.ask(&format!("config {words}"))?;
+        let refused = matches!(&answer, Err(said) if said.contains("larger than physical memory"));
+        ensure!(refused, "{words}: {answer:?}");
+    }
+    // Nothing moves while the guest is stopped.
+    for (words, good) in [
+        ("stop", true),
+        ("config mem=-4M", false),
+        ("config mem", false),
+        ("go", true),
+    ] {
+        let answer = console.ask(words)?;
+        ensure!(answer.is_ok() == good, "{words}: {answer:?}");
+    }
+    // All of it: what can be taken is, and comes back.
+    let (all, now) = console.plug(-guest.size())?;
+    ensure!(!all && now.moved > 0, "{now:?}");
+    let taken = now.unplugged;
     let (all, now) = console.plug(taken)?;
     ensure!(all && now.moved == taken && now.unplugged == 0, "{now:?}");
     guest.say("unpack")?;
@@ -556,7 +574,7 @@ fn squeezed(_: &mut ()) -> Result<String> {
     guest.say("unpack")?;
     guest.wait_workload()?;
     let console = guest.mconsole()?;
-    let (all, now) = console.plug(-(guest.size() * 2))?;
+    let (all, now) = console.plug(-guest.size())?;
     ensure!(!all && now.moved == now.unplugged, "{now:?}");
     // Once more: there is nothing left.
     let (all, more) = console.plug(-(16 << 10))?;
