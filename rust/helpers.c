@@ -48,8 +48,7 @@ struct file *devanon_shmem_file_setup(const char *name, loff_t size)
 
 /*
  * Pages of @inode in memory and in swap. shmem's own sum of both lags behind when
- * reclaim drops pages that were never written. What other tasks add and remove
- * meanwhile may be counted or not, so the race for nrpages is wanted.
+ * reclaim drops pages that were never written.
  */
 void devanon_shmem_pages(struct inode *inode, unsigned long *resident,
 			 unsigned long *swapped)
@@ -57,6 +56,7 @@ void devanon_shmem_pages(struct inode *inode, unsigned long *resident,
 	struct shmem_inode_info *info = SHMEM_I(inode);
 
 	spin_lock(&info->lock);
+	/* What other tasks add or remove meanwhile may be counted or not. */
 	*resident = data_race(inode->i_mapping->nrpages);
 	*swapped = info->swapped;
 	spin_unlock(&info->lock);
