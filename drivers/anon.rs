@@ -203,23 +203,35 @@ impl VmOperations for FreeOnUnmap {
         let no_faults = mapping.invalidate_lock();
         let before = mapping.pages();
 
-        // A huge folio that could not be split when a part of it lost its last mapping (it was
-        // pinned, say) is freed with its last part: hence whole folios. A file of the ioctl may
-        // have pages beside the closed ones that were written, and never mapped. They stay.
-        let closed = if file.is_only_mapped() {
-            no_faults.whole_folios(closed)
-        } else {
-            closed
+        let uncovered = |range| {
+            to_free(
+                range,
+                |part| no_faults.next_page(part),
+                |part| no_faults.run(part),
+            )
         };
-        for range in to_free(
-            closed,
-            |range| no_faults.next_page(range),
-            |range| no_faults.run(range),
-        ) {
-            no_faults.free(range);
+        let Some(whole) = uncovered(closed)
+            .map(|range| no_faults.free_whole(range))
+            .reduce(|all, whole| all && whole)
+        else {
+            return;
+        };
+        if !whole {
+            // A huge folio that could not be split when a part of it lost its last mapping (it was
+            // pinned, say) is freed with its last part: hence whole folios. A file of the ioctl may
+            // have pages beside the closed ones that were written, and never mapped. They stay.
+            let closed = if file.is_only_mapped() {
+                no_faults.whole_folios(closed)
+            } else {
+                closed
+            };
+            for range in uncovered(closed) {
+                no_faults.free(range);
+            }
         }
 
         let after = mapping.pages();
         file.add_freed(before.total().saturating_sub(after.total()));
+        file.recount();
     }
 }

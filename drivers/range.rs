@@ -44,6 +44,11 @@ impl PageRange {
         Self::new(self.first.max(other.first), self.last.min(other.last))
     }
 
+    /// What of it comes after `page`.
+    pub(crate) fn after(self, page: usize) -> Option<Self> {
+        Self::new(page.checked_add(1)?, self.last)
+    }
+
     /// Whether `other` lies in it.
     pub(crate) fn contains(self, other: Self) -> bool {
         self.first <= other.first && other.last <= self.last
@@ -87,9 +92,7 @@ pub(crate) fn to_free(
         let part = PageRange::new(next_page(todo)?, todo.last)?;
         let Run { covered, last } = run(part);
 
-        rest = last
-            .checked_add(1)
-            .and_then(|next| PageRange::new(next, todo.last));
+        rest = todo.after(last);
         if !covered {
             return PageRange::new(part.first, last);
         }

@@ -53,13 +53,20 @@ struct file *devanon_shmem_file_setup(const char *name, loff_t size)
 void devanon_shmem_pages(struct inode *inode, unsigned long *resident,
 			 unsigned long *swapped)
 {
-	struct shmem_inode_info *info = SHMEM_I(inode);
-
-	spin_lock(&info->lock);
 	/* What other tasks add or remove meanwhile may be counted or not. */
 	*resident = data_race(inode->i_mapping->nrpages);
-	*swapped = info->swapped;
-	spin_unlock(&info->lock);
+	*swapped = data_race(SHMEM_I(inode)->swapped);
+}
+
+/*
+ * Have shmem count the pages of @file anew, as any stat(2) does: others removed
+ * some. May sleep.
+ */
+void devanon_shmem_recount(struct file *file)
+{
+	struct kstat stat;
+
+	vfs_getattr_nosec(&file->f_path, &stat, STATX_BLOCKS, AT_STATX_DONT_SYNC);
 }
 
 /* What open(2) would have set: shmem_file_setup() makes files for mapping only. */
@@ -142,27 +149,19 @@ bool devanon_next_page(struct address_space *mapping, bool swapped,
 	return entry;
 }
 
-/* A folio with a reference, and where in the file it was found. */
-struct devanon_found {
-	struct folio *folio;
-	pgoff_t index;
-};
-
-#define DEVANON_BATCH 32
-
 /*
  * Find folios from page *@index on, up to a large one, which may be split behind
  * our back, or to the first entry in swap. If that comes before all folios, the
- * answer is true, and *@index is its page. Does not sleep.
+ * answer is true, and *@index is its page. The folios in @fbatch have a reference
+ * each. Does not sleep.
  */
 static bool devanon_find(struct address_space *mapping, pgoff_t *index, pgoff_t last,
-			 struct devanon_found *found, unsigned int *nr)
+			 struct folio_batch *fbatch)
 {
 	XA_STATE(xas, &mapping->i_pages, *index);
 	bool swapped = false;
 	void *entry;
 
-	*nr = 0;
 	rcu_read_lock();
 	xas_for_each(&xas, entry, last) {
 		struct folio *folio = entry;
@@ -170,7 +169,7 @@ static bool devanon_find(struct address_space *mapping, pgoff_t *index, pgoff_t 
 		if (xas_retry(&xas, entry))
 			continue;
 		if (xa_is_value(entry)) {
-			swapped = !*nr;
+			swapped = !folio_batch_count(fbatch);
 			break;
 		}
 		if (!folio_try_get(folio))
@@ -179,9 +178,7 @@ static bool devanon_find(struct address_space *mapping, pgoff_t *index, pgoff_t 
 			folio_put(folio);
 			goto again;
 		}
-		found[*nr].folio = folio;
-		found[(*nr)++].index = max(xas.xa_index, *index);
-		if (*nr == DEVANON_BATCH || folio_test_large(folio))
+		if (!folio_batch_add(fbatch, folio) || folio_test_large(folio))
 			break;
 		continue;
 again:
@@ -196,32 +193,34 @@ again:
 
 /*
  * Remove those of the @nr folios, all locked, that lie in the range and are not
- * covered. Unlock and put them all. @next is where to look next: after the last
- * of them, or at the first that is not there any more. In that case the answer
- * is false.
+ * covered, and unlock them all. *@next, where the first of them was looked for,
+ * becomes where to look next: after the last of them, or before the first that is
+ * not there any more. In that case the answer is false. @whole is cleared if a
+ * folio lies in the range in part.
  */
-static bool devanon_remove_locked(struct address_space *mapping, struct devanon_found *found,
-				  unsigned int nr, pgoff_t first, pgoff_t last, pgoff_t *next)
+static bool devanon_remove_locked(struct address_space *mapping, struct folio **folios,
+				  unsigned int nr, pgoff_t first, pgoff_t last, pgoff_t *next,
+				  bool *whole)
 {
 	pgoff_t low = last, high = first, end;
 	bool none_covered, all_there = true;
 	unsigned int i;
 
 	for (i = 0; i < nr; i++) {
-		struct folio *folio = found[i].folio;
+		struct folio *folio = folios[i];
 
 		if (folio->mapping != mapping) {
 			/* Swapped out, or a part of a huge one by now. */
-			if (all_there)
-				*next = found[i].index;
 			all_there = false;
 			continue;
 		}
 		end = folio_next_index(folio) - 1;
 		if (all_there)
 			*next = end + 1;
-		if (folio->index < first || end > last)
-			continue;	/* only a part of it is meant */
+		if (folio->index < first || end > last) {
+			*whole = false;
+			continue;
+		}
 		low = min(low, folio->index);
 		high = max(high, end);
 	}
@@ -231,7 +230,7 @@ static bool devanon_remove_locked(struct address_space *mapping, struct devanon_
 	none_covered = low > high || (!devanon_covered(mapping, low, &end) && end == high);
 
 	for (i = 0; i < nr; i++) {
-		struct folio *folio = found[i].folio;
+		struct folio *folio = folios[i];
 
 		end = folio_next_index(folio) - 1;
 		if (folio->mapping == mapping && folio->index >= first && end <= last &&
@@ -239,7 +238,6 @@ static bool devanon_remove_locked(struct address_space *mapping, struct devanon_
 				      end == folio_next_index(folio) - 1)))
 			generic_error_remove_folio(mapping, folio);
 		folio_unlock(folio);
-		folio_put(folio);
 	}
 
 	return all_there;
@@ -248,20 +246,24 @@ static bool devanon_remove_locked(struct address_space *mapping, struct devanon_
 /*
  * Remove from the page cache the folios from page *@first to @last that no VMA
  * covers, up to the first entry in swap. If there is one, the answer is true, and
- * *@first is its page.
+ * *@first is its page. @whole is cleared if a folio was met, and left, that lies
+ * in the range in part.
  *
  * Who covers it is asked with the folio locked: whoever maps a folio, or writes
  * to it, has it locked as well, and is in the tree before he maps it. So nobody
  * who comes in time loses it, and nobody who comes later finds it. May sleep.
  */
-bool devanon_remove_uncovered(struct address_space *mapping, pgoff_t *first, pgoff_t last)
+bool devanon_remove_uncovered(struct address_space *mapping, pgoff_t *first, pgoff_t last,
+			      bool *whole)
 {
-	struct devanon_found found[DEVANON_BATCH];
+	struct folio_batch fbatch;
 	pgoff_t index = *first;
 	unsigned int nr;
 	bool swapped;
 
-	while (!(swapped = devanon_find(mapping, &index, last, found, &nr)) && nr) {
+	folio_batch_init(&fbatch);
+	while (!(swapped = devanon_find(mapping, &index, last, &fbatch)) &&
+	       (nr = folio_batch_count(&fbatch))) {
 		unsigned int done = 0;
 		bool all_there;
 
@@ -269,15 +271,15 @@ bool devanon_remove_uncovered(struct address_space *mapping, pgoff_t *first, pgo
 		do {
 			unsigned int locked = done;
 
-			folio_lock(found[locked++].folio);
-			while (locked < nr && folio_trylock(found[locked].folio))
+			folio_lock(fbatch.folios[locked++]);
+			while (locked < nr && folio_trylock(fbatch.folios[locked]))
 				locked++;
-			all_there = devanon_remove_locked(mapping, found + done, locked - done,
-							  *first, last, &index);
+			all_there = devanon_remove_locked(mapping, fbatch.folios + done,
+							  locked - done, *first, last, &index,
+							  whole);
 			done = locked;
 		} while (all_there && done < nr);
-		while (done < nr)
-			folio_put(found[done++].folio);
+		folio_batch_release(&fbatch);
 		cond_resched();
 	}
 	*first = index;

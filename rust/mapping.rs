@@ -165,9 +165,66 @@ impl InvalidateGuard<'_> {
     }
 
     /// Frees the pages of `range`, in memory and in swap, but none that a VMA covers by the time it
-    /// is their turn. A later touch finds zeros.
+    /// is their turn. A later touch finds zeros. Leaves folios, and entries in swap, that reach
+    /// beyond `range`; whether there were none.
     ///
-    /// May sleep: waits for folio locks.
+    /// May sleep: waits for folio locks. [`super::shmem::ShmemFile::recount`] is to follow.
+    ///
+    /// Page by page in ascending order: a page may go to swap or come back from there meanwhile,
+    /// but neither way gets it past the place that is looked at.
+    pub(crate) fn free_whole(&self, range: PageRange) -> bool {
+        let mut whole = true;
+        let mut rest = Some(range);
+
+        while let Some(part) = rest {
+            let mut page = part.first();
+
+            // SAFETY: The mapping is live, and the results are ours to write. No spinlock is held,
+            // and neither is `i_mmap_rwsem`.
+            let swapped = unsafe {
+                bindings::devanon_remove_uncovered(
+                    self.0 .0.get(),
+                    &mut page,
+                    part.last(),
+                    &mut whole,
+                )
+            };
+            rest = PageRange::new(page, part.last()).filter(|_| swapped);
+            let Some(part) = rest else { break };
+
+            let entry = self.folio_of(page);
+            rest = if range.contains(entry) {
+                self.free_swapped(part)
+            } else {
+                whole = false;
+                part.after(entry.last())
+            };
+        }
+        whole
+    }
+
+    /// Frees pages from the first one of `part` on, which is in swap, if no VMA covers it: what of
+    /// `part` is left to look at.
+    fn free_swapped(&self, part: PageRange) -> Option<PageRange> {
+        let page = part.first();
+        let Run { covered, mut last } = self.run(part);
+
+        // With faults shut out, what is in swap stays there, short of a read(2), a write(2) or a
+        // collapse.
+        if !covered {
+            last = self.last_swapped(part, last);
+            if let Some(swapped) = PageRange::new(page, last) {
+                self.truncate(swapped);
+            }
+            // It may have become a folio, or a part of one.
+            if self.next(true, PageRange::aligned(page, 0)).is_none() {
+                return Some(part);
+            }
+        }
+        part.after(last)
+    }
+
+    /// As [`Self::free_whole`], but splits what reaches beyond `range`, or zeroes its part.
     pub(crate) fn free(&self, range: PageRange) {
         // Twice, if need be: a folio across an edge may be one that khugepaged made meanwhile.
         for _ in 0..2 {
@@ -177,21 +234,14 @@ impl InvalidateGuard<'_> {
                     self.split(edge);
                 }
             }
-            self.remove(range);
-            if self.straddlers(range).next().is_none() {
-                break;
+            if self.free_whole(range) {
+                return;
             }
         }
         // What could not be split, as it is pinned: its part is zeroed.
         for part in self.straddlers(range) {
             self.truncate(part);
         }
-
-        // Has shmem count anew. An empty range: nothing is truncated.
-        self.truncate_bytes(
-            (range.first() << PAGE_SHIFT) + 1,
-            range.first() << PAGE_SHIFT,
-        );
     }
 
     /// The parts of `range` that belong to folios, or entries in swap, that reach beyond it.
@@ -201,41 +251,6 @@ impl InvalidateGuard<'_> {
             .map(|page| self.folio_of(page))
             .filter(move |folio| !range.contains(*folio))
             .filter_map(move |folio| range.intersection(folio))
-    }
-
-    /// Removes what lies in `range`, page by page in ascending order: a page may go to swap or come
-    /// back from there meanwhile, but neither way gets it past the place that is looked at.
-    fn remove(&self, range: PageRange) {
-        let mut rest = Some(range);
-
-        while let Some(part) = rest {
-            let mut page = part.first();
-
-            // SAFETY: The mapping is live, and the result is ours to write. No spinlock is held,
-            // and neither is `i_mmap_rwsem`.
-            let swapped = unsafe {
-                bindings::devanon_remove_uncovered(self.0 .0.get(), &mut page, part.last())
-            };
-            rest = PageRange::new(page, part.last()).filter(|_| swapped);
-            let Some(part) = rest else { break };
-
-            // With faults shut out, what is in swap stays there, short of a read(2), a write(2) or
-            // a collapse.
-            let Run { covered, mut last } = self.run(part);
-            if !covered {
-                last = self.last_swapped(part, last);
-                if let Some(part) = PageRange::new(page, last) {
-                    self.truncate(part);
-                }
-                // It may have become a folio, or a part of one.
-                if self.next(true, PageRange::aligned(page, 0)).is_none() {
-                    continue;
-                }
-            }
-            rest = last
-                .checked_add(1)
-                .and_then(|next| PageRange::new(next, part.last()));
-        }
     }
 
     /// The last page of `part`, up to `last`, such that no folio lies between.

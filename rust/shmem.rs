@@ -327,6 +327,12 @@ impl ShmemFile {
         self.object().freed.fetch_add(pages as u64, Relaxed);
     }
 
+    /// Has shmem count the pages that are left, and give back the rest of what it charged. May sleep.
+    pub(crate) fn recount(&self) {
+        // SAFETY: The file is live, and one of shmem.
+        unsafe { bindings::devanon_shmem_recount(self.as_ptr()) };
+    }
+
     /// Writes the lines of `/proc/PID/fdinfo/N`.
     pub(crate) fn show_fdinfo(&self, m: &SeqFile) {
         let pages = self.mapping().pages();
