@@ -28,6 +28,7 @@ use core::ptr::{
     NonNull, //
 };
 use kernel::{
+    container_of,
     error::{
         from_err_ptr,
         to_result, //
@@ -513,14 +514,19 @@ unsafe extern "C" fn close<T: VmOperations>(vma: *mut bindings::vm_area_struct) 
 ///
 /// Called by the mm for a VMA that has our operations, under a lock that keeps it.
 unsafe extern "C" fn fault<T: VmOperations>(vmf: *mut bindings::vm_fault) -> VmFault {
-    let Some(shmem_fault) = shmem_vm().and_then(|vm| vm.fault) else {
+    // SAFETY: `vmf` is the mm's, and its VMA, which has our operations, is kept for now.
+    let (vma, shmem_vm) = unsafe {
+        let vma = (*vmf).__bindgen_anon_1.vma;
+        (vma, shmem_vm(vma))
+    };
+    let Some(shmem_fault) = shmem_vm.fault else {
         return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
     };
     // shmem may drop the lock that keeps the VMA, and thereby the file: when a hole is being
     // punched where we fault. `T` locks the file around shmem, so it needs a reference of its own.
     //
-    // SAFETY: `vmf` is the mm's, its VMA is kept for now, and holds its file.
-    let file = ARef::from(unsafe { ShmemFile::from_raw((*(*vmf).__bindgen_anon_1.vma).vm_file) });
+    // SAFETY: The VMA is kept for now, and holds its file.
+    let file = ARef::from(unsafe { ShmemFile::from_raw((*vma).vm_file) });
 
     // SAFETY: shmem's handler, for a VMA of a shmem file, called as the mm called us.
     T::fault(&file, || unsafe { shmem_fault(vmf) })
@@ -536,18 +542,26 @@ unsafe extern "C" fn map_pages<T: VmOperations>(
     first: c_ulong,
     last: c_ulong,
 ) -> VmFault {
-    let Some(shmem_map_pages) = shmem_vm().and_then(|vm| vm.map_pages) else {
+    // SAFETY: `vmf` is the mm's, its VMA is kept, has our operations, and holds its file.
+    let (file, shmem_vm) = unsafe {
+        let vma = (*vmf).__bindgen_anon_1.vma;
+        (ShmemFile::from_raw((*vma).vm_file), shmem_vm(vma))
+    };
+    let Some(shmem_map_pages) = shmem_vm.map_pages else {
         return 0;
     };
-    // SAFETY: `vmf` is the mm's, its VMA is kept, and holds its file.
-    let file = unsafe { ShmemFile::from_raw((*(*vmf).__bindgen_anon_1.vma).vm_file) };
 
     // SAFETY: shmem's handler, for a VMA of a shmem file, called as the mm called us.
     T::map_pages(file, || unsafe { shmem_map_pages(vmf, first, last) })
 }
 
 /// shmem's own `vm_operations_struct`.
-fn shmem_vm() -> Option<&'static bindings::vm_operations_struct> {
-    // SAFETY: `shmem_vm` is a constant of the kernel.
-    TABLES.as_ref().map(|tables| unsafe { &*tables.shmem_vm })
+///
+/// # Safety
+///
+/// `vma` is live, and has our operations.
+unsafe fn shmem_vm(vma: *mut bindings::vm_area_struct) -> &'static bindings::vm_operations_struct {
+    // SAFETY: There is one table of ours, the one in `TABLES`, which is never written again. What
+    // it names as shmem's is a constant of the kernel.
+    unsafe { &*(*container_of!((*vma).vm_ops, Tables, vm)).shmem_vm }
 }
