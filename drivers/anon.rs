@@ -6,8 +6,8 @@
 //! the page, resident or swapped out, is freed, and its data is gone; a later touch finds zeros.
 //! This is what the physical memory of a User-Mode Linux guest wants, and no filesystem.
 //!
-//! The way of a page, in the order of this file: the device is opened and a file of anonymous
-//! memory is made for it ([`DevAnon::open`]); a mapping of the device becomes one of that file
+//! The way of a page, in the order of this file: the device is mapped, and a file of anonymous
+//! memory is made for it ([`DevAnon::new_object`]); the mapping becomes one of that file
 //! ([`DevAnon::mmap`]); a touch brings in a page ([`FreeOnUnmap::fault`]); a mapping goes away and
 //! frees what nothing else maps ([`FreeOnUnmap::close`]). [`DevAnon::ioctl`] is a second door to
 //! the same files.
@@ -118,7 +118,8 @@ impl Drop for Module {
 struct DevAnon;
 
 impl CharDevice for DevAnon {
-    /// Every open has memory of its own; dup, fork and `SCM_RIGHTS` share it.
+    /// Every open has memory of its own; dup, fork and `SCM_RIGHTS` share it. It is made by the
+    /// first mapping: who only opens the device, to see that it is there, pays for no more.
     type Object = ShmemFile;
 
     const CLASS: &'static CStr = c"devanon";
@@ -129,8 +130,9 @@ impl CharDevice for DevAnon {
         *Borrow::<u16>::borrow(&module_parameters::mode.value())
     }
 
-    fn open() -> Result<ARef<ShmemFile>> {
-        ShmemFile::new_unlimited()
+    fn new_object() -> Result<ARef<ShmemFile>> {
+        // No memory for an inode is `ENOSPC` to shmem, which mmap(2) does not know.
+        ShmemFile::new_unlimited().map_err(|err| if err == ENOSPC { ENOMEM } else { err })
     }
 
     fn mmap(file: &ShmemFile, vma: &NewVma) -> Result {
@@ -164,8 +166,11 @@ impl CharDevice for DevAnon {
         Ok(number as c_long)
     }
 
-    fn show_fdinfo(file: &ShmemFile, m: &SeqFile) {
-        file.show_fdinfo(m);
+    fn show_fdinfo(file: Option<&ShmemFile>, m: &SeqFile) {
+        match file {
+            Some(file) => file.show_fdinfo(m),
+            None => shmem::show_fdinfo_of_none(m),
+        }
     }
 }
 

@@ -32,7 +32,7 @@ use kernel::{
 
 /// A driver of a character device. Every method is called in process context and may sleep.
 pub(crate) trait CharDevice {
-    /// What an open file of the device refers to.
+    /// What an open file of the device refers to, from its first mapping on.
     type Object: AlwaysRefCounted;
 
     /// Name of the class, in `/sys/class`.
@@ -44,8 +44,9 @@ pub(crate) trait CharDevice {
     /// Permissions of the node that devtmpfs makes.
     fn mode() -> u16;
 
-    /// `open(2)`.
-    fn open() -> Result<ARef<Self::Object>>;
+    /// An open file is mapped for the first time, under `mmap_lock` held for writing. Where several
+    /// do so at once, one object is kept.
+    fn new_object() -> Result<ARef<Self::Object>>;
 
     /// `mmap(2)`, under `mmap_lock` held for writing.
     fn mmap(object: &Self::Object, vma: &NewVma) -> Result;
@@ -53,8 +54,8 @@ pub(crate) trait CharDevice {
     /// `ioctl(2)`.
     fn ioctl(cmd: u32, arg: usize) -> Result<c_long>;
 
-    /// `/proc/PID/fdinfo/N` is read.
-    fn show_fdinfo(object: &Self::Object, m: &SeqFile);
+    /// `/proc/PID/fdinfo/N` is read. There is no object before the first mapping.
+    fn show_fdinfo(object: Option<&Self::Object>, m: &SeqFile);
 }
 
 /// A device in the kernel's tables, with a node in `/dev` where devtmpfs makes nodes.
@@ -107,33 +108,62 @@ impl<T: CharDevice> Registration<T> {
         })
     }
 
+    /// The object of an open file, if there is one, or else `new`, if that is one. What is not taken
+    /// is dropped. Takes `f_lock`.
+    ///
     /// # Safety
     ///
     /// `file` is an open file of this device, for `'a`.
-    unsafe fn object<'a>(file: *mut bindings::file) -> &'a T::Object {
-        // SAFETY: `open` put a reference there, which `release` takes away.
-        unsafe { &*(*file).private_data.cast() }
+    unsafe fn object<'a>(
+        file: *mut bindings::file,
+        new: Option<ARef<T::Object>>,
+    ) -> Option<&'a T::Object> {
+        // SAFETY: The file is live. `private_data` is the driver's, null in a new file, and only
+        // looked at and set here, under `f_lock`.
+        let object = unsafe {
+            bindings::spin_lock(&raw mut (*file).f_lock);
+            let slot = &raw mut (*file).private_data;
+            let unused = match new {
+                Some(new) if (*slot).is_null() => {
+                    *slot = ARef::into_raw(new).as_ptr().cast();
+                    None
+                }
+                new => new,
+            };
+            let object: *const T::Object = (*slot).cast();
+            bindings::spin_unlock(&raw mut (*file).f_lock);
+            drop(unused);
+            object
+        };
+        // SAFETY: A reference that only `release` takes away.
+        unsafe { object.as_ref() }
     }
 
     /// # Safety
     ///
-    /// Called by the VFS for a new file of this device.
-    unsafe extern "C" fn open(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
-        match T::open() {
-            Ok(object) => {
-                // SAFETY: `private_data` is the driver's to set in open.
-                unsafe { (*file).private_data = ARef::into_raw(object).as_ptr().cast() };
-                0
-            }
+    /// As the mm calls `f_op->mmap` or `f_op->mmap_prepare`, for an open file of this device.
+    unsafe fn map(file: *mut bindings::file, vma: &NewVma) -> c_int {
+        let mapped = || {
+            // SAFETY: As the caller promises.
+            let object = match unsafe { Self::object(file, None) } {
+                Some(object) => object,
+                // SAFETY: As the caller promises.
+                None => unsafe { Self::object(file, Some(T::new_object()?)) }.ok_or(ENOMEM)?,
+            };
+            T::mmap(object, vma)
+        };
+
+        match mapped() {
+            Ok(()) => 0,
             Err(err) => err.to_errno(),
         }
     }
 
     /// # Safety
     ///
-    /// Called by the VFS, once, for a file that `open` opened.
+    /// Called by the VFS, once, for a file of this device.
     unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
-        // SAFETY: `open` put a reference there, and nobody uses the file after this.
+        // SAFETY: A reference, if anything; nobody uses the file after this.
         unsafe {
             if let Some(object) = NonNull::new((*file).private_data) {
                 drop(ARef::<T::Object>::from_raw(object.cast()));
@@ -151,12 +181,7 @@ impl<T: CharDevice> Registration<T> {
         vma: *mut bindings::vm_area_struct,
     ) -> c_int {
         // SAFETY: As the caller promises.
-        let (object, vma) = unsafe { (Self::object(file), NewVma::from_raw(vma)) };
-
-        match T::mmap(object, vma) {
-            Ok(()) => 0,
-            Err(err) => err.to_errno(),
-        }
+        unsafe { Self::map(file, NewVma::from_raw(vma)) }
     }
 
     /// # Safety
@@ -165,12 +190,7 @@ impl<T: CharDevice> Registration<T> {
     #[cfg(devanon_mmap_prepare)]
     unsafe extern "C" fn mmap_prepare(desc: *mut bindings::vm_area_desc) -> c_int {
         // SAFETY: As the caller promises; `file` is the one that was opened.
-        let (object, vma) = unsafe { (Self::object((*desc).file), NewVma::from_raw(desc)) };
-
-        match T::mmap(object, vma) {
-            Ok(()) => 0,
-            Err(err) => err.to_errno(),
-        }
+        unsafe { Self::map((*desc).file, NewVma::from_raw(desc)) }
     }
 
     /// # Safety
@@ -188,7 +208,7 @@ impl<T: CharDevice> Registration<T> {
     /// Called by procfs for an open file of this device.
     unsafe extern "C" fn show_fdinfo(m: *mut bindings::seq_file, file: *mut bindings::file) {
         // SAFETY: As the caller promises; `m` is this call's alone.
-        unsafe { T::show_fdinfo(Self::object(file), SeqFile::from_raw(m)) };
+        unsafe { T::show_fdinfo(Self::object(file, None), SeqFile::from_raw(m)) };
     }
 
     /// # Safety
@@ -208,7 +228,6 @@ impl<T: CharDevice> Registration<T> {
 
     const FOPS: bindings::file_operations = bindings::file_operations {
         owner: THIS_MODULE,
-        open: Some(Self::open),
         release: Some(Self::release),
         #[cfg(not(devanon_mmap_prepare))]
         mmap: Some(Self::mmap),

@@ -39,6 +39,7 @@ const _: () = assert!(usize::BITS == 64);
 pub(crate) struct Mapping(Opaque<bindings::address_space>);
 
 /// How many pages a file has.
+#[derive(Default)]
 pub(crate) struct Pages {
     /// Pages in memory.
     pub(crate) resident: usize,

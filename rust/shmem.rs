@@ -19,7 +19,10 @@
 
 use super::{
     bindings,
-    mapping::Mapping,
+    mapping::{
+        Mapping,
+        Pages, //
+    },
     range::PageRange,
     vma::NewVma, //
 };
@@ -336,12 +339,10 @@ impl ShmemFile {
 
     /// Writes the lines of `/proc/PID/fdinfo/N`.
     pub(crate) fn show_fdinfo(&self, m: &SeqFile) {
-        let pages = self.mapping().pages();
+        let mapping = self.mapping();
+        let freed = self.object().freed.load(Relaxed);
 
-        seq_print!(m, "anon-size:\t{}\n", self.mapping().size());
-        seq_print!(m, "anon-resident:\t{}\n", pages.resident);
-        seq_print!(m, "anon-swapped:\t{}\n", pages.swapped);
-        seq_print!(m, "anon-freed:\t{}\n", self.object().freed.load(Relaxed));
+        show_lines(m, mapping.size(), mapping.pages(), freed);
     }
 }
 
@@ -478,6 +479,18 @@ unsafe extern "C" fn prepare(desc: *mut bindings::vm_area_desc) -> c_int {
 unsafe extern "C" fn show_fdinfo(m: *mut bindings::seq_file, file: *mut bindings::file) {
     // SAFETY: The file has our operations and is held; `m` is this call's alone.
     unsafe { ShmemFile::from_raw(file).show_fdinfo(SeqFile::from_raw(m)) }
+}
+
+/// The lines of `/proc/PID/fdinfo/N` where [`ShmemFile::new_unlimited`] was not called yet.
+pub(crate) fn show_fdinfo_of_none(m: &SeqFile) {
+    show_lines(m, i64::MAX as u64, Pages::default(), 0);
+}
+
+fn show_lines(m: &SeqFile, size: u64, pages: Pages, freed: u64) {
+    seq_print!(m, "anon-size:\t{}\n", size);
+    seq_print!(m, "anon-resident:\t{}\n", pages.resident);
+    seq_print!(m, "anon-swapped:\t{}\n", pages.swapped);
+    seq_print!(m, "anon-freed:\t{}\n", freed);
 }
 
 /// The pages of its file that a VMA covers.

@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 pub const MODULE: &str = "/lib/devanon/devanon.ko";
 
@@ -193,6 +194,50 @@ pub fn fdinfo_and_maps() -> Result<()> {
     // Two descriptors of one open are one file.
     ensure!(info(&dev.try_clone()?)? == info(&dev)?);
     Ok(())
+}
+
+/// The memory of an open is made by its first mapping. Two processes map at the same time, and have
+/// the same memory.
+pub fn two_first_mappings_at_once() -> Result<()> {
+    const OPENS: usize = 300;
+    let unmapped = Info {
+        size: i64::MAX as u64,
+        resident: 0,
+        swapped: 0,
+        freed: 0,
+    };
+    let all: Vec<OwnedFd> = (0..OPENS).map(|_| device()).collect::<Result<_>>()?;
+    ensure!(info(&all[0])? == unmapped, "not mapped yet");
+    let progress = Map::shared(&memfd(1)?, 1, 0)?;
+    // Each writes to a page of its own, and waits before each map for the other to come as far.
+    let map_all = |number: usize| -> Result<Vec<Map>> {
+        let of = |number| {
+            // SAFETY: A word of a mapping that stays, and is only used so.
+            unsafe { AtomicU64::from_ptr(progress.word(0, number)) }
+        };
+        let map = |(turn, dev)| -> Result<Map> {
+            of(number).store(turn, Ordering::SeqCst);
+            while of(1 - number).load(Ordering::SeqCst) < turn {
+                std::hint::spin_loop();
+            }
+            let map = Map::shared(dev, 2, 0)?;
+            map.write(number, TAG + number as u64);
+            Ok(map)
+        };
+        (1..).zip(&all).map(map).collect()
+    };
+    let check_all = |maps: Vec<Map>| maps.iter().try_for_each(|map| map.check(TAG));
+    let mut child = fork(|peer| {
+        let maps = map_all(1)?;
+        peer.meet()?;
+        check_all(maps)?;
+        peer.meet()
+    })?;
+    let maps = map_all(0)?;
+    child.meet()?;
+    check_all(maps)?;
+    child.meet()?;
+    child.join()
 }
 
 pub fn ioctl_file_is_a_file() -> Result<()> {

@@ -92,6 +92,7 @@ const TESTS: &[Test] = tests! {
         userfaultfd_is_refused,
         fdinfo_and_maps,
         ioctl_file_is_a_file,
+        two_first_mappings_at_once,
         ioctl_file_frees_on_unmap,
         ioctl_file_keeps_what_was_never_mapped,
         ioctl_file_outlives_the_device_file,
