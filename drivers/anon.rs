@@ -208,11 +208,19 @@ impl VmOperations for FreeOnUnmap {
         let no_faults = mapping.invalidate_lock();
         let before = mapping.pages();
 
+        // At an exit all VMAs leave the tree before the first is closed. Where pages come by
+        // mappings only, the close of the first frees those of all that follow it.
         let uncovered = |range| {
             to_free(
                 range,
                 |part| no_faults.next_page(part),
-                |part| no_faults.run(part),
+                |part| {
+                    if file.is_only_mapped() {
+                        no_faults.run_beyond(part)
+                    } else {
+                        no_faults.run(part)
+                    }
+                },
             )
         };
         let Some(whole) = uncovered(closed)

@@ -78,7 +78,8 @@ pub(crate) struct Run {
 /// where the next covered one is known.
 ///
 /// `next_page` answers with the first page of its argument that is there. `run` says of the first
-/// page of its argument whether it is covered, and up to which page of the argument that holds.
+/// page of its argument whether it is covered, and up to which page that holds. Where it tells more
+/// than it was asked, and the pages beyond `range` are not covered, they are to be freed as well.
 /// Pages that are not there cost nothing, however many VMAs cover them.
 pub(crate) fn to_free(
     range: PageRange,

@@ -94,9 +94,11 @@ void devanon_synchronize_rcu_tasks(void)
 
 /*
  * Whether a VMA covers page @first. @last is lowered to the last page of which
- * the same is known. Takes i_mmap_rwsem for reading; may sleep.
+ * the same is known. Covered pages after @enough are not looked for. Takes
+ * i_mmap_rwsem for reading; may sleep.
  */
-bool devanon_covered(struct address_space *mapping, pgoff_t first, pgoff_t *last)
+bool devanon_covered(struct address_space *mapping, pgoff_t first, pgoff_t enough,
+		     pgoff_t *last)
 {
 	struct vm_area_struct *vma;
 	pgoff_t vma_first, vma_last, end;
@@ -110,7 +112,7 @@ bool devanon_covered(struct address_space *mapping, pgoff_t first, pgoff_t *last
 		covered = vma_first <= first;
 		end = covered ? vma_last : vma_first - 1;
 		/* VMAs come in the order of their first pages. */
-		while (covered && end < *last && --steps) {
+		while (covered && end < min(enough, *last) && --steps) {
 			vma = devanon_i_mmap_iter_next(vma, first, *last);
 			if (!vma)
 				break;
@@ -227,14 +229,14 @@ static bool devanon_remove_locked(struct address_space *mapping, struct folio **
 
 	/* One question for all, as a rule. */
 	end = high;
-	none_covered = low > high || (!devanon_covered(mapping, low, &end) && end == high);
+	none_covered = low > high || (!devanon_covered(mapping, low, end, &end) && end == high);
 
 	for (i = 0; i < nr; i++) {
 		struct folio *folio = folios[i];
 
 		end = folio_next_index(folio) - 1;
 		if (folio->mapping == mapping && folio->index >= first && end <= last &&
-		    (none_covered || (!devanon_covered(mapping, folio->index, &end) &&
+		    (none_covered || (!devanon_covered(mapping, folio->index, end, &end) &&
 				      end == folio_next_index(folio) - 1)))
 			generic_error_remove_folio(mapping, folio);
 		folio_unlock(folio);

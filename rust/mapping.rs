@@ -142,11 +142,19 @@ impl InvalidateGuard<'_> {
     /// Whether a VMA, of any process, covers the first page of `range`, and up to which page of it
     /// the same holds. May sleep: takes `i_mmap_rwsem` for reading.
     pub(crate) fn run(&self, range: PageRange) -> Run {
-        let mut last = range.last();
+        self.run_within(range, range.last())
+    }
 
+    /// As [`Self::run`], but pages that are not covered are followed beyond `range`.
+    pub(crate) fn run_beyond(&self, range: PageRange) -> Run {
+        self.run_within(range, usize::MAX)
+    }
+
+    fn run_within(&self, range: PageRange, mut last: usize) -> Run {
         // SAFETY: The mapping is live, and the result is ours to write.
-        let covered =
-            unsafe { bindings::devanon_covered(self.0 .0.get(), range.first(), &mut last) };
+        let covered = unsafe {
+            bindings::devanon_covered(self.0 .0.get(), range.first(), range.last(), &mut last)
+        };
         Run { covered, last }
     }
 
