@@ -182,7 +182,7 @@ impl CharDevice for DevAnon {
 ///
 /// Between "no VMA covers this page" and "it is freed" another process may map it, touch it and
 /// write; freeing it then would lose live data. So it is asked once more under the folio's lock,
-/// which whoever maps the folio takes as well ([`mapping::InvalidateGuard::free`]). A page in swap
+/// which whoever maps the folio takes as well ([`mapping::InvalidateGuard::free_whole`]). A page in swap
 /// has no folio; `invalidate_lock` keeps faults from bringing it in.
 struct FreeOnUnmap;
 
@@ -209,7 +209,7 @@ impl VmOperations for FreeOnUnmap {
         let before = mapping.pages();
 
         // At an exit all VMAs leave the tree before the first is closed. Where pages come by
-        // mappings only, the close of the first frees those of all that follow it.
+        // mappings only, a close also frees what lies uncovered behind it in the file.
         let uncovered = |range| {
             to_free(
                 range,
@@ -230,6 +230,8 @@ impl VmOperations for FreeOnUnmap {
             return;
         };
         if !whole {
+            // What lies beyond `closed` in part is for its own close.
+            //
             // A huge folio that could not be split when a part of it lost its last mapping (it was
             // pinned, say) is freed with its last part: hence whole folios. A file of the ioctl may
             // have pages beside the closed ones that were written, and never mapped. They stay.

@@ -121,8 +121,14 @@ mod tests {
     }
 
     /// Whether what is freed is right, in order, and asked for no more than there is. What is known
-    /// of a run reaches `reach` pages, or as far as it holds.
-    fn is_right(range: PageRange, there: usize, covered: usize, reach: usize) -> bool {
+    /// of a run reaches `reach` pages, or as far as it holds, `beyond` the range or not.
+    fn is_right(
+        range: PageRange,
+        there: usize,
+        covered: usize,
+        reach: usize,
+        beyond: bool,
+    ) -> bool {
         let mut asked = 0;
         let mut freed = 0;
         let mut in_order = true;
@@ -132,7 +138,8 @@ mod tests {
             |part| {
                 asked += 1;
                 let first = has(covered, part.first());
-                let last = (part.first()..=part.last())
+                let end = if beyond { PAGES } else { part.last() + 1 };
+                let last = (part.first()..end)
                     .take(reach)
                     .take_while(|page| has(covered, *page) == first)
                     .last();
@@ -148,7 +155,7 @@ mod tests {
 
         in_order
             && freed & covered == 0
-            && freed & !bits(range) == 0
+            && (beyond || freed & !bits(range) == 0)
             && bits(range) & there & !covered & !freed == 0
             && asked <= there.count_ones()
     }
@@ -159,14 +166,20 @@ mod tests {
         for range in all_ranges() {
             for there in 0..1 << PAGES {
                 for covered in 0..1 << PAGES {
-                    right += [1, 2, PAGES]
-                        .into_iter()
-                        .filter(|reach| is_right(range, there, covered, *reach))
-                        .count();
+                    right += [
+                        (1, false),
+                        (2, false),
+                        (PAGES, false),
+                        (2, true),
+                        (PAGES, true),
+                    ]
+                    .into_iter()
+                    .filter(|(reach, beyond)| is_right(range, there, covered, *reach, *beyond))
+                    .count();
                 }
             }
         }
-        assert_eq!(right, (all_ranges().count() << (2 * PAGES)) * 3);
+        assert_eq!(right, (all_ranges().count() << (2 * PAGES)) * 5);
     }
 
     #[test]

@@ -45,7 +45,8 @@ pub(crate) trait CharDevice {
     fn mode() -> u16;
 
     /// An open file is mapped for the first time, under `mmap_lock` held for writing. Where several
-    /// do so at once, one object is kept.
+    /// do so at once, one object is kept. What a mapping with `MAP_FIXED` replaces is gone by then,
+    /// even if this fails.
     fn new_object() -> Result<ARef<Self::Object>>;
 
     /// `mmap(2)`, under `mmap_lock` held for writing.
@@ -108,55 +109,56 @@ impl<T: CharDevice> Registration<T> {
         })
     }
 
-    /// The object of an open file, if there is one, or else `new`, if that is one. What is not taken
-    /// is dropped. Takes `f_lock`.
+    /// The object of an open file, if there is one. Takes `f_lock`.
     ///
     /// # Safety
     ///
-    /// `file` is an open file of this device, for `'a`.
-    unsafe fn object<'a>(
-        file: *mut bindings::file,
-        new: Option<ARef<T::Object>>,
-    ) -> Option<&'a T::Object> {
-        // SAFETY: The file is live. `private_data` is the driver's, null in a new file, and only
-        // looked at and set here, under `f_lock`.
-        let object = unsafe {
+    /// `file` is an open file of this device, and the caller keeps it for `'a`.
+    unsafe fn object<'a>(file: *mut bindings::file) -> Option<&'a T::Object> {
+        // SAFETY: The file is live. `private_data` is null in a new file, and set once, under
+        // `f_lock`, to a reference that `release` gives up when nobody keeps the file any more.
+        unsafe {
+            bindings::spin_lock(&raw mut (*file).f_lock);
+            let object: *const T::Object = (*file).private_data.cast();
+            bindings::spin_unlock(&raw mut (*file).f_lock);
+            object.as_ref()
+        }
+    }
+
+    /// The object of an open file: `new`, unless somebody was faster. Takes `f_lock`.
+    ///
+    /// # Safety
+    ///
+    /// As [`Self::object`].
+    unsafe fn object_or<'a>(file: *mut bindings::file, new: ARef<T::Object>) -> &'a T::Object {
+        // SAFETY: As in `object`. What is in the slot in the end is no null pointer.
+        unsafe {
             bindings::spin_lock(&raw mut (*file).f_lock);
             let slot = &raw mut (*file).private_data;
-            let unused = match new {
-                Some(new) if (*slot).is_null() => {
-                    *slot = ARef::into_raw(new).as_ptr().cast();
-                    None
-                }
-                new => new,
+            let unused = if (*slot).is_null() {
+                *slot = ARef::into_raw(new).as_ptr().cast();
+                None
+            } else {
+                Some(new)
             };
             let object: *const T::Object = (*slot).cast();
             bindings::spin_unlock(&raw mut (*file).f_lock);
             drop(unused);
-            object
-        };
-        // SAFETY: A reference that only `release` takes away.
-        unsafe { object.as_ref() }
+            &*object
+        }
     }
 
     /// # Safety
     ///
     /// As the mm calls `f_op->mmap` or `f_op->mmap_prepare`, for an open file of this device.
-    unsafe fn map(file: *mut bindings::file, vma: &NewVma) -> c_int {
-        let mapped = || {
-            // SAFETY: As the caller promises.
-            let object = match unsafe { Self::object(file, None) } {
-                Some(object) => object,
-                // SAFETY: As the caller promises.
-                None => unsafe { Self::object(file, Some(T::new_object()?)) }.ok_or(ENOMEM)?,
-            };
-            T::mmap(object, vma)
-        };
-
-        match mapped() {
-            Ok(()) => 0,
-            Err(err) => err.to_errno(),
+    unsafe fn map(file: *mut bindings::file, vma: &NewVma) -> Result {
+        // SAFETY: The mm keeps the file during the call.
+        if let Some(object) = unsafe { Self::object(file) } {
+            return T::mmap(object, vma);
         }
+        let new = T::new_object()?;
+        // SAFETY: As above.
+        T::mmap(unsafe { Self::object_or(file, new) }, vma)
     }
 
     /// # Safety
@@ -181,7 +183,10 @@ impl<T: CharDevice> Registration<T> {
         vma: *mut bindings::vm_area_struct,
     ) -> c_int {
         // SAFETY: As the caller promises.
-        unsafe { Self::map(file, NewVma::from_raw(vma)) }
+        match unsafe { Self::map(file, NewVma::from_raw(vma)) } {
+            Ok(()) => 0,
+            Err(err) => err.to_errno(),
+        }
     }
 
     /// # Safety
@@ -190,7 +195,10 @@ impl<T: CharDevice> Registration<T> {
     #[cfg(devanon_mmap_prepare)]
     unsafe extern "C" fn mmap_prepare(desc: *mut bindings::vm_area_desc) -> c_int {
         // SAFETY: As the caller promises; `file` is the one that was opened.
-        unsafe { Self::map((*desc).file, NewVma::from_raw(desc)) }
+        match unsafe { Self::map((*desc).file, NewVma::from_raw(desc)) } {
+            Ok(()) => 0,
+            Err(err) => err.to_errno(),
+        }
     }
 
     /// # Safety
@@ -208,7 +216,7 @@ impl<T: CharDevice> Registration<T> {
     /// Called by procfs for an open file of this device.
     unsafe extern "C" fn show_fdinfo(m: *mut bindings::seq_file, file: *mut bindings::file) {
         // SAFETY: As the caller promises; `m` is this call's alone.
-        unsafe { T::show_fdinfo(Self::object(file, None), SeqFile::from_raw(m)) };
+        unsafe { T::show_fdinfo(Self::object(file), SeqFile::from_raw(m)) };
     }
 
     /// # Safety

@@ -60,7 +60,8 @@ void devanon_shmem_pages(struct inode *inode, unsigned long *resident,
 
 /*
  * Have shmem count the pages of @file anew, as any stat(2) does: others removed
- * some. May sleep.
+ * some. May sleep. shmem_getattr() takes info->lock and no other, in 7.2 and 7.3:
+ * the caller holds locks that i_rwsem must not be taken under.
  */
 void devanon_shmem_recount(struct file *file)
 {
@@ -198,7 +199,7 @@ again:
  * covered, and unlock them all. *@next, where the first of them was looked for,
  * becomes where to look next: after the last of them, or before the first that is
  * not there any more. In that case the answer is false. @whole is cleared if a
- * folio lies in the range in part.
+ * folio lies in the range in part, or is covered in part.
  */
 static bool devanon_remove_locked(struct address_space *mapping, struct folio **folios,
 				  unsigned int nr, pgoff_t first, pgoff_t last, pgoff_t *next,
@@ -233,12 +234,18 @@ static bool devanon_remove_locked(struct address_space *mapping, struct folio **
 
 	for (i = 0; i < nr; i++) {
 		struct folio *folio = folios[i];
+		pgoff_t folio_last = folio_next_index(folio) - 1;
+		bool covered = false;
 
-		end = folio_next_index(folio) - 1;
-		if (folio->mapping == mapping && folio->index >= first && end <= last &&
-		    (none_covered || (!devanon_covered(mapping, folio->index, end, &end) &&
-				      end == folio_next_index(folio) - 1)))
-			generic_error_remove_folio(mapping, folio);
+		if (folio->mapping == mapping && folio->index >= first && folio_last <= last) {
+			end = folio_last;
+			if (!none_covered)
+				covered = devanon_covered(mapping, folio->index, end, &end);
+			if (end < folio_last)
+				*whole = false;	/* covered in part by now */
+			else if (!covered)
+				generic_error_remove_folio(mapping, folio);
+		}
 		folio_unlock(folio);
 	}
 
@@ -249,7 +256,7 @@ static bool devanon_remove_locked(struct address_space *mapping, struct folio **
  * Remove from the page cache the folios from page *@first to @last that no VMA
  * covers, up to the first entry in swap. If there is one, the answer is true, and
  * *@first is its page. @whole is cleared if a folio was met, and left, that lies
- * in the range in part.
+ * in the range in part, or is covered in part.
  *
  * Who covers it is asked with the folio locked: whoever maps a folio, or writes
  * to it, has it locked as well, and is in the tree before he maps it. So nobody

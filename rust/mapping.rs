@@ -99,7 +99,8 @@ impl Mapping {
         taken.then(|| SharedInvalidateGuard(self, NotThreadSafe))
     }
 
-    /// The pages of the file. Takes a spinlock of shmem's; does not sleep.
+    /// The pages of the file. Takes no lock: what goes to swap, or comes or goes otherwise at the
+    /// same moment, may be counted or not, or twice.
     pub(crate) fn pages(&self) -> Pages {
         let (mut resident, mut swapped) = (0, 0);
 
@@ -145,13 +146,17 @@ impl InvalidateGuard<'_> {
         self.run_within(range, range.last())
     }
 
-    /// As [`Self::run`], but pages that are not covered are followed beyond `range`.
+    /// As [`Self::run`], but pages that are not covered are followed beyond `range`, for a while:
+    /// the caller shuts out faults as long as it frees them.
     pub(crate) fn run_beyond(&self, range: PageRange) -> Run {
-        self.run_within(range, usize::MAX)
+        const FURTHER: usize = 1 << (30 - PAGE_SHIFT);
+
+        self.run_within(range, range.last().saturating_add(FURTHER))
     }
 
     fn run_within(&self, range: PageRange, mut last: usize) -> Run {
-        // SAFETY: The mapping is live, and the result is ours to write.
+        // SAFETY: The mapping is live, and the result is ours to write. No spinlock is held, and
+        // neither is `i_mmap_rwsem`.
         let covered = unsafe {
             bindings::devanon_covered(self.0 .0.get(), range.first(), range.last(), &mut last)
         };
@@ -215,13 +220,16 @@ impl InvalidateGuard<'_> {
     /// Frees pages from the first one of `part` on, which is in swap, if no VMA covers it: what of
     /// `part` is left to look at.
     fn free_swapped(&self, part: PageRange) -> Option<PageRange> {
+        /// The tree is asked again after so many, as it is not while they are freed.
+        const AT_ONCE: usize = 512;
+
         let page = part.first();
         let Run { covered, mut last } = self.run(part);
 
-        // With faults shut out, what is in swap stays there, short of a read(2), a write(2) or a
-        // collapse.
+        // With faults shut out, what is in swap stays there, short of a read(2), a write(2), a
+        // collapse or a swapoff(2).
         if !covered {
-            last = self.last_swapped(part, last);
+            last = self.last_swapped(part, last.min(page.saturating_add(AT_ONCE)));
             if let Some(swapped) = PageRange::new(page, last) {
                 self.truncate(swapped);
             }

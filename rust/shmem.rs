@@ -320,10 +320,10 @@ impl ShmemFile {
         Ok(())
     }
 
-    /// Whether every page there is came by a mapping: there is no descriptor to write one with,
-    /// short of a privileged process that opens `/proc/PID/map_files`.
+    /// Whether every page there is came by a mapping: there was never a descriptor to write one
+    /// with. Holds as long as `invalidate_lock` is held.
     pub(crate) fn is_only_mapped(&self) -> bool {
-        self.object().only_mapped
+        self.object().only_mapped.load(Relaxed)
     }
 
     /// Counts `pages` pages as freed because their last mapping went away.
@@ -332,8 +332,11 @@ impl ShmemFile {
     }
 
     /// Has shmem count the pages that are left, and give back the rest of what it charged. May sleep.
+    ///
+    /// Under `mmap_lock` and `invalidate_lock`: shmem's `getattr` takes a spinlock of its own, and
+    /// must not take `i_rwsem`.
     pub(crate) fn recount(&self) {
-        // SAFETY: The file is live, and one of shmem.
+        // SAFETY: The file is live, and one of shmem. No spinlock is held.
         unsafe { bindings::devanon_shmem_recount(self.as_ptr()) };
     }
 
@@ -355,8 +358,8 @@ struct Object {
     files: Atomic<usize>,
     /// Pages freed because their last mapping went away, so far.
     freed: Atomic<u64>,
-    /// The file was made for mapping only.
-    only_mapped: bool,
+    /// The file was made for mapping only, and never opened again.
+    only_mapped: Atomic<bool>,
 }
 
 impl Object {
@@ -364,7 +367,7 @@ impl Object {
         Self {
             files: Atomic::new(1),
             freed: Atomic::new(0),
-            only_mapped,
+            only_mapped: Atomic::new(only_mapped),
         }
     }
 }
@@ -404,15 +407,23 @@ unsafe extern "C" fn open(inode: *mut bindings::inode, file: *mut bindings::file
         let object = (*object_slot(file)).as_ref();
         if let Some(object) = object {
             object.files.fetch_add(1, Relaxed);
+            object.only_mapped.store(false, Relaxed);
         }
         bindings::spin_unlock(&raw mut (*inode).i_lock);
-        if object.is_some() {
-            0
-        } else {
+        if object.is_none() {
             // The last file went away after `i_fop` was read for this one.
-            ENXIO.to_errno()
+            return ENXIO.to_errno();
         }
     }
+    // Who frees pages and does not know yet is done before anything is written.
+    //
+    // SAFETY: The file has our operations, is held, and is counted by now.
+    drop(
+        unsafe { ShmemFile::from_raw(file) }
+            .mapping()
+            .invalidate_lock(),
+    );
+    0
 }
 
 /// `f_op->release`: a file of ours goes away.
@@ -527,19 +538,17 @@ unsafe extern "C" fn close<T: VmOperations>(vma: *mut bindings::vm_area_struct) 
 ///
 /// Called by the mm for a VMA that has our operations, under a lock that keeps it.
 unsafe extern "C" fn fault<T: VmOperations>(vmf: *mut bindings::vm_fault) -> VmFault {
-    // SAFETY: `vmf` is the mm's, and its VMA, which has our operations, is kept for now.
-    let (vma, shmem_vm) = unsafe {
-        let vma = (*vmf).__bindgen_anon_1.vma;
-        (vma, shmem_vm(vma))
+    // SAFETY: `vmf` is the mm's, and its VMA is kept for now, which holds its file.
+    let (file, shmem_vm) = unsafe {
+        let file = (*(*vmf).__bindgen_anon_1.vma).vm_file;
+        (ShmemFile::from_raw(file), shmem_vm(file))
     };
     let Some(shmem_fault) = shmem_vm.fault else {
         return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
     };
     // shmem may drop the lock that keeps the VMA, and thereby the file: when a hole is being
     // punched where we fault. `T` locks the file around shmem, so it needs a reference of its own.
-    //
-    // SAFETY: The VMA is kept for now, and holds its file.
-    let file = ARef::from(unsafe { ShmemFile::from_raw((*vma).vm_file) });
+    let file = ARef::from(file);
 
     // SAFETY: shmem's handler, for a VMA of a shmem file, called as the mm called us.
     T::fault(&file, || unsafe { shmem_fault(vmf) })
@@ -555,10 +564,10 @@ unsafe extern "C" fn map_pages<T: VmOperations>(
     first: c_ulong,
     last: c_ulong,
 ) -> VmFault {
-    // SAFETY: `vmf` is the mm's, its VMA is kept, has our operations, and holds its file.
+    // SAFETY: `vmf` is the mm's, and its VMA is kept, which holds its file.
     let (file, shmem_vm) = unsafe {
-        let vma = (*vmf).__bindgen_anon_1.vma;
-        (ShmemFile::from_raw((*vma).vm_file), shmem_vm(vma))
+        let file = (*(*vmf).__bindgen_anon_1.vma).vm_file;
+        (ShmemFile::from_raw(file), shmem_vm(file))
     };
     let Some(shmem_map_pages) = shmem_vm.map_pages else {
         return 0;
@@ -572,9 +581,10 @@ unsafe extern "C" fn map_pages<T: VmOperations>(
 ///
 /// # Safety
 ///
-/// `vma` is live, and has our operations.
-unsafe fn shmem_vm(vma: *mut bindings::vm_area_struct) -> &'static bindings::vm_operations_struct {
-    // SAFETY: There is one table of ours, the one in `TABLES`, which is never written again. What
-    // it names as shmem's is a constant of the kernel.
-    unsafe { &*(*container_of!((*vma).vm_ops, Tables, vm)).shmem_vm }
+/// `file` has our operations.
+unsafe fn shmem_vm(file: *mut bindings::file) -> &'static bindings::vm_operations_struct {
+    // SAFETY: The file's operations are those in `TABLES`, of which there is one, and which is not
+    // written again. (A VMA's need not be: a filesystem that passes its mappings on to our file may
+    // copy them.) What they name as shmem's is a constant of the kernel.
+    unsafe { &*(*container_of!((*file).f_op, Tables, fop)).shmem_vm }
 }

@@ -128,6 +128,7 @@ const TESTS: &[Test] = tests! {
         mremap_moves_several_at_once,
         fork_child_unmaps,
         fork_parent_unmaps,
+        exit_with_many_mappings,
         covered_but_not_touched,
         several_mappings_in_one_process,
         exit_frees,

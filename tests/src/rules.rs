@@ -248,6 +248,55 @@ pub fn fork_parent_unmaps() -> Result<()> {
     expect_resident(&dev, 0, "child gone")
 }
 
+/// At an exit all mappings are gone before the first of them is closed, and its close may free what
+/// the others had. Whatever their order in the file, what another process has stays, and what was
+/// written and never mapped.
+pub fn exit_with_many_mappings() -> Result<()> {
+    const PAGES: usize = 300;
+    // By turns forwards, backwards, and in strides.
+    for (door, order) in [
+        (0, 1),
+        (0, PAGES - 1),
+        (0, 7),
+        (1, 1),
+        (1, PAGES - 1),
+        (1, 7),
+    ] {
+        let fd = if door == 0 {
+            device()?
+        } else {
+            ioctl_file(PAGES + 1)?
+        };
+        if door == 1 {
+            fs::File::from(fd.try_clone()?).write_all_at(b"kept", (PAGES * PAGE) as u64)?;
+        }
+        let mut child = fork(|peer| {
+            let place = Map::reserve(2 * PAGES)?;
+            for number in 0..PAGES {
+                let page = number * order % PAGES;
+                let map = place.part(2 * number, 1).cover(&fd, page)?;
+                map.write(0, TAG + page as u64);
+            }
+            peer.meet()?;
+            peer.meet()
+        })?;
+        child.meet()?;
+        let ours = [Map::shared(&fd, 1, 0)?, Map::shared(&fd, 2, PAGES / 2)?];
+        let written = door;
+        expect_resident(&fd, PAGES + written, "mapped")?;
+        child.meet()?;
+        child.join()?;
+        expect_resident(&fd, 3 + written, "the process is gone")?;
+        ours[0].check(TAG)?;
+        ours[1].check(TAG + (PAGES / 2) as u64)?;
+        for map in ours {
+            map.unmap()?;
+        }
+        expect_resident(&fd, written, "all unmapped")?;
+    }
+    Ok(())
+}
+
 pub fn covered_but_not_touched() -> Result<()> {
     let dev = device()?;
     let map = Map::shared(&dev, 16, 0)?;
