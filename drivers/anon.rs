@@ -182,25 +182,24 @@ impl CharDevice for DevAnon {
 ///
 /// Between "no VMA covers this page" and "it is freed" another process may map it, touch it and
 /// write; freeing it then would lose live data. So it is asked once more under the folio's lock,
-/// which whoever maps the folio takes as well ([`mapping::InvalidateGuard::free_whole`]). A page in swap
-/// has no folio; `invalidate_lock` keeps faults from bringing it in.
+/// which whoever maps the folio takes as well ([`mapping::InvalidateGuard::free_whole`]). A page in
+/// swap has no folio, and a pinned huge folio that lost some of its pages has them zeroed without
+/// asking. `invalidate_lock`, held meanwhile, keeps faults from these.
+///
+/// Faults take that lock only if somebody has it. Whoever holds it to free pages took it before he
+/// asked the tree, and has it until he is done. A VMA that he did not find there came later, so its
+/// faults find the lock taken. A VMA that he found keeps its pages.
 struct FreeOnUnmap;
 
 impl VmOperations for FreeOnUnmap {
+    fn must_wait(file: &ShmemFile) -> bool {
+        file.mapping().is_invalidate_locked()
+    }
+
     fn fault(file: &ShmemFile, shmem_fault: impl FnOnce() -> VmFault) -> VmFault {
         let _not_freeing = file.mapping().invalidate_lock_shared();
 
         shmem_fault()
-    }
-
-    /// What is mapped here is resident, and safe by its folio's lock, but for one case: a pinned
-    /// huge folio that lost some of its pages has them zeroed without that lock. Where the lock
-    /// that keeps us out of that cannot be had at once, `fault` follows.
-    fn map_pages(file: &ShmemFile, shmem_map_pages: impl FnOnce() -> VmFault) -> VmFault {
-        match file.mapping().try_invalidate_lock_shared() {
-            Some(_not_freeing) => shmem_map_pages(),
-            None => 0,
-        }
     }
 
     fn close(file: &ShmemFile, closed: PageRange) {

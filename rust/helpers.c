@@ -10,6 +10,7 @@
 #include <linux/mm.h>
 #include <linux/pagemap.h>
 #include <linux/rcupdate.h>
+#include <linux/rwsem.h>
 #include <linux/shmem_fs.h>
 #include <linux/xarray.h>
 
@@ -88,6 +89,12 @@ void devanon_vma_range(struct vm_area_struct *vma, pgoff_t *first, pgoff_t *last
 void devanon_synchronize_rcu_tasks(void)
 {
 	synchronize_rcu_tasks();
+}
+
+/* Whether anybody has invalidate_lock, shared or for writing. Does not sleep. */
+bool devanon_invalidate_locked(struct address_space *mapping)
+{
+	return rwsem_is_locked(&mapping->invalidate_lock);
 }
 
 /* Steps in the tree under one i_mmap_rwsem. */
@@ -194,6 +201,17 @@ again:
 	return swapped;
 }
 
+/* Whether no VMA covers any page of @folio. @whole is cleared if one covers some. */
+static bool devanon_uncovered(struct address_space *mapping, struct folio *folio, bool *whole)
+{
+	pgoff_t folio_last = folio_next_index(folio) - 1, end = folio_last;
+	bool covered = devanon_covered(mapping, folio->index, folio_last, &end);
+
+	if (end < folio_last)
+		*whole = false;
+	return !covered && end == folio_last;
+}
+
 /*
  * Remove those of the @nr folios, all locked, that lie in the range and are not
  * covered, and unlock them all. *@next, where the first of them was looked for,
@@ -207,7 +225,10 @@ static bool devanon_remove_locked(struct address_space *mapping, struct folio **
 {
 	pgoff_t low = last, high = first, end;
 	bool none_covered, all_there = true;
+	unsigned long inside = 0;
 	unsigned int i;
+
+	BUILD_BUG_ON(FOLIO_BATCH_SIZE > BITS_PER_LONG);
 
 	for (i = 0; i < nr; i++) {
 		struct folio *folio = folios[i];
@@ -224,26 +245,20 @@ static bool devanon_remove_locked(struct address_space *mapping, struct folio **
 			*whole = false;
 			continue;
 		}
+		inside |= BIT(i);
 		low = min(low, folio->index);
 		high = max(high, end);
 	}
 
 	/* One question for all, as a rule. */
 	end = high;
-	none_covered = low > high || (!devanon_covered(mapping, low, end, &end) && end == high);
+	none_covered = inside && !devanon_covered(mapping, low, end, &end) && end == high;
 
 	for (i = 0; i < nr; i++) {
 		struct folio *folio = folios[i];
-		pgoff_t folio_last = folio_next_index(folio) - 1;
-		bool covered = false;
 
-		if (folio->mapping == mapping && folio->index >= first && folio_last <= last) {
-			end = folio_last;
-			if (!none_covered)
-				covered = devanon_covered(mapping, folio->index, end, &end);
-			if (end < folio_last)
-				*whole = false;	/* covered in part by now */
-			else if (!covered)
+		if (inside & BIT(i)) {
+			if (none_covered || devanon_uncovered(mapping, folio, whole))
 				generic_error_remove_folio(mapping, folio);
 		}
 		folio_unlock(folio);

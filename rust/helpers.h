@@ -15,6 +15,7 @@ void devanon_shmem_recount(struct file *file);
 void devanon_file_set_seekable(struct file *file);
 void devanon_synchronize_rcu_tasks(void);
 void devanon_vma_range(struct vm_area_struct *vma, pgoff_t *first, pgoff_t *last);
+bool devanon_invalidate_locked(struct address_space *mapping);
 bool devanon_covered(struct address_space *mapping, pgoff_t first, pgoff_t enough,
 		     pgoff_t *last);
 bool devanon_next_page(struct address_space *mapping, bool swapped,

@@ -5,7 +5,7 @@
 //! Lock order: `mmap_lock` -> `invalidate_lock` -> folio lock -> `i_mmap_rwsem`.
 //!
 //! shmem itself leaves `invalidate_lock` alone. Here it stands between freeing pages (for writing)
-//! and bringing them in by faults (shared). This driver never takes it inside `i_rwsem`'s critical
+//! and bringing them in by faults (shared, by those that find it taken). This driver never takes it inside `i_rwsem`'s critical
 //! section, but a `write(2)` whose buffer is a mapping of the same file faults under `i_rwsem`, so
 //! `i_rwsem` must not be taken under `invalidate_lock`: no `vfs_fallocate()` from here.
 //!
@@ -91,12 +91,10 @@ impl Mapping {
         SharedInvalidateGuard(self, NotThreadSafe)
     }
 
-    /// As [`Self::invalidate_lock_shared`], but returns [`None`] instead of sleeping.
-    pub(crate) fn try_invalidate_lock_shared(&self) -> Option<SharedInvalidateGuard<'_>> {
-        // SAFETY: The semaphore lives as long as `self`.
-        let taken = unsafe { bindings::down_read_trylock(self.invalidate_sem()) } != 0;
-        // INVARIANT: Taken by this task if `taken`.
-        taken.then(|| SharedInvalidateGuard(self, NotThreadSafe))
+    /// Whether anybody has `invalidate_lock`, one way or the other. Does not sleep.
+    pub(crate) fn is_invalidate_locked(&self) -> bool {
+        // SAFETY: The mapping is live.
+        unsafe { bindings::devanon_invalidate_locked(self.0.get()) }
     }
 
     /// The pages of the file. Takes no lock: what goes to swap, or comes or goes otherwise at the

@@ -72,16 +72,15 @@ pub(crate) trait VmOperations {
     /// Process context, `mmap_lock` held unless the process is exiting; may sleep.
     fn close(file: &ShmemFile, range: PageRange);
 
+    /// Whether pages are to be brought in by [`Self::fault`]; if not, shmem does so with no more ado.
+    /// Asked at each fault, so it is to be quick. Must not sleep.
+    fn must_wait(file: &ShmemFile) -> bool;
+
     /// A page is touched that is not mapped; `shmem_fault` brings it in.
     ///
     /// Process context, `mmap_lock` or the lock of the VMA held for reading; may sleep.
     /// `shmem_fault` may drop that lock.
     fn fault(file: &ShmemFile, shmem_fault: impl FnOnce() -> VmFault) -> VmFault;
-
-    /// Resident pages around a touched one are mapped, by `shmem_map_pages`.
-    ///
-    /// As [`Self::fault`], but under RCU: must not sleep. Returning 0 without a call is right.
-    fn map_pages(file: &ShmemFile, shmem_map_pages: impl FnOnce() -> VmFault) -> VmFault;
 }
 
 /// shmem's operations and ours.
@@ -541,17 +540,24 @@ unsafe extern "C" fn fault<T: VmOperations>(vmf: *mut bindings::vm_fault) -> VmF
     // SAFETY: `vmf` is the mm's, and its VMA is kept for now, which holds its file.
     let (file, shmem_vm) = unsafe {
         let file = (*(*vmf).__bindgen_anon_1.vma).vm_file;
-        (ShmemFile::from_raw(file), shmem_vm(file))
+        (file, shmem_vm(file))
     };
     let Some(shmem_fault) = shmem_vm.fault else {
         return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
     };
+    // SAFETY: shmem's handler, for a VMA of a shmem file, called as the mm called us.
+    let shmem_fault = || unsafe { shmem_fault(vmf) };
+
+    // SAFETY: The file has our operations, and is held for now.
+    if !T::must_wait(unsafe { ShmemFile::from_raw(file) }) {
+        return shmem_fault();
+    }
     // shmem may drop the lock that keeps the VMA, and thereby the file: when a hole is being
     // punched where we fault. `T` locks the file around shmem, so it needs a reference of its own.
-    let file = ARef::from(file);
-
-    // SAFETY: shmem's handler, for a VMA of a shmem file, called as the mm called us.
-    T::fault(&file, || unsafe { shmem_fault(vmf) })
+    //
+    // SAFETY: As above.
+    let file = ARef::from(unsafe { ShmemFile::from_raw(file) });
+    T::fault(&file, shmem_fault)
 }
 
 /// `vm_ops->map_pages`.
@@ -573,8 +579,12 @@ unsafe extern "C" fn map_pages<T: VmOperations>(
         return 0;
     };
 
+    // The mm calls `fault` next.
+    if T::must_wait(file) {
+        return 0;
+    }
     // SAFETY: shmem's handler, for a VMA of a shmem file, called as the mm called us.
-    T::map_pages(file, || unsafe { shmem_map_pages(vmf, first, last) })
+    unsafe { shmem_map_pages(vmf, first, last) }
 }
 
 /// shmem's own `vm_operations_struct`.
