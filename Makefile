@@ -6,7 +6,7 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 KBUILD = $(MAKE) -C $(KDIR) M=$(CURDIR) $(if $(MO),MO=$(MO))
 
 .PHONY: help modules modules_install clean run test test-debug stress test-kcsan stress-uml demo-uml \
-	kernel uml shell lint rust-analyzer distclean
+	bench bench-compare kernel uml shell lint rust-analyzer distclean
 .NOTPARALLEL:
 
 help:
@@ -18,6 +18,8 @@ help:
 	@echo '  make test-kcsan      the driver'"'"'s tests under the detector of data races'
 	@echo '  make stress-uml      a Debian userland on UML, on all that its memory can be in'
 	@echo '  make demo-uml        the life of a Debian guest: a picture, and figures with their goals'
+	@echo '  make bench           /dev/anon against its peers, counted in instructions: tables of ratios'
+	@echo '  make bench-compare   what of that is worse than bench/baseline.json by more than 2 %'
 	@echo '  make uml             a UML with patches/uml, the guest'"'"'s kernel'
 	@echo '  make kernel          a kernel with patches/host, /dev/anon built in'
 	@echo '  make shell           a shell in a VM with the module loaded'
@@ -47,10 +49,13 @@ clean:
 	$(KBUILD) $@
 
 # The full log of each, also of what prepares it.
-run test test-debug stress test-kcsan stress-uml demo-uml kernel uml shell lint rust-analyzer: export DEVANON_LOG = $(CURDIR)/build/log/$@.log
+run test test-debug stress test-kcsan stress-uml demo-uml bench kernel uml shell lint rust-analyzer: export DEVANON_LOG = $(CURDIR)/build/log/$@.log
 
-run test test-kcsan stress-uml demo-uml shell lint:
+run test test-kcsan stress-uml demo-uml bench shell lint:
 	@scripts/prepare $@
+	@scripts/$@
+
+bench-compare:
 	@scripts/$@
 
 test-debug:

@@ -56,6 +56,7 @@ void devanon_shmem_pages(struct inode *inode, unsigned long *resident,
 {
 	/* What other tasks add or remove meanwhile may be counted or not. */
 	*resident = data_race(inode->i_mapping->nrpages);
+	/* As above. */
 	*swapped = data_race(SHMEM_I(inode)->swapped);
 }
 

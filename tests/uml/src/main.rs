@@ -50,6 +50,8 @@ enum Scenario {
     Life,
     /// What /dev/anon and reporting cost in instructions: figures (for a VM with --icount)
     Count,
+    /// A guest's boot and work on /dev/anon and on tmpfs: measures (for a VM with --icount)
+    Bench,
 }
 
 fn shown(result: Result<()>) -> bool {
@@ -68,6 +70,7 @@ fn main() -> ExitCode {
         Scenario::Demo => shown(demo::run()),
         Scenario::Life => shown(life::run()),
         Scenario::Count => shown(life::count()),
+        Scenario::Bench => shown(life::bench()),
     };
     if good {
         ExitCode::SUCCESS

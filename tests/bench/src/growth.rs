@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What an unmap costs as there is more of everything.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use crate::Bench;
+use crate::Cost;
+use crate::Scale;
+use crate::Setting;
+use crate::child::Child;
+use crate::memory::Map;
+use crate::memory::Memory;
+use crate::memory::Subject;
+use crate::memory::Subject::*;
+use crate::memory::expect;
+use crate::timed;
+
+/// Unmaps that are measured, each by itself.
+const UNMAPS: usize = 64;
+const MAX_MAPS: &str = "/proc/sys/vm/max_map_count";
+
+/// What reading the clock takes.
+fn clock() -> Result<Duration> {
+    let (time, ()) = timed(|| {
+        for _ in 0..1000 {
+            timed(|| Ok(()))?;
+        }
+        Ok(())
+    })?;
+    Ok(time / 1000)
+}
+
+/// One process has so many VMAs of one object, each of a page. Amid them in the file, a page is
+/// mapped, touched, unmapped and freed, again and again.
+fn unmap_amid_vmas(subject: Subject, vmas: usize) -> Result<Cost> {
+    let _maps = Setting::set(MAX_MAPS, "1000000")?;
+    let memory = Memory::new(subject, 2 * vmas)?;
+    let room = Map::reserve(vmas)?;
+    room.unmap()?;
+    for (vma, there) in room.pieces(1) {
+        memory.map_over(there, 2 * vma)?;
+    }
+    expect("VMAs", room.vmas()?, vmas)?;
+    let before = subject.resident()?;
+    let clock = clock()?;
+    let mut times = Vec::new();
+    for number in 0..UNMAPS {
+        // Spread over the file, so that each has neighbours on both sides.
+        let page = 2 * (number * vmas / UNMAPS) + 1;
+        let map = memory.map_anywhere(page, 1)?;
+        map.write_all();
+        let (time, ()) = timed(|| memory.give_back(map, page))?;
+        times.push(time.saturating_sub(clock));
+    }
+    expect("pages", subject.resident()?, before)?;
+    room.unmap()?;
+    times.sort();
+    Ok(Cost::time(times[UNMAPS / 2], 1))
+}
+
+/// So many other processes map the same pages. One of ours is unmapped, and stays.
+fn unmap_amid_processes(subject: Subject, others: usize) -> Result<Cost> {
+    let before = subject.resident()?;
+    let memory = Memory::new(subject, UNMAPS)?;
+    let map = memory.map(0, UNMAPS)?;
+    map.write_all();
+    let mut children = Vec::new();
+    for _ in 0..others {
+        children.push(Child::start(|| Ok(()), |()| Ok(()))?);
+    }
+    let (time, ()) = timed(|| {
+        for (_, piece) in map.pieces(1) {
+            piece.unmap()?;
+        }
+        Ok(())
+    })?;
+    expect("pages", subject.resident()? - before, UNMAPS)?;
+    for mut child in children {
+        child.go()?;
+        child.wait()?;
+    }
+    Ok(Cost::time(time, UNMAPS))
+}
+
+pub fn benches(scale: Scale) -> Vec<Bench> {
+    const SUBJECTS: &[Subject] = &[Device, Ioctl, Memfd];
+    let mut benches = Vec::new();
+    for vmas in scale.up_to(&[10, 100, 1000, 10_000, 100_000]) {
+        benches.push(
+            Bench::new(
+                "unmap and free a page, by VMAs of the object",
+                "a page that is alone in its VMA",
+                SUBJECTS,
+                move |s| unmap_amid_vmas(s, vmas),
+            )
+            .at(vmas)
+            .rounds(1),
+        );
+    }
+    for others in scale.up_to(&[1, 8, 64, 512]) {
+        benches.push(
+            Bench::new(
+                "unmap a page, by other processes that map it",
+                "a page unmapped that stays",
+                SUBJECTS,
+                move |s| unmap_amid_processes(s, others),
+            )
+            .at(others)
+            .rounds(1),
+        );
+    }
+    benches
+}

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What an object costs, and a mapping of it: time, memory, VMAs.
+
+use std::fs;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Context;
+use anyhow::Result;
+use rustix::fs::CWD;
+use rustix::fs::Mode;
+use rustix::fs::OFlags;
+use rustix::fs::openat;
+
+use crate::Bench;
+use crate::Cost;
+use crate::Scale;
+use crate::memory::FILES;
+use crate::memory::Map;
+use crate::memory::Memory;
+use crate::memory::Subject;
+use crate::memory::Subject::*;
+use crate::memory::new_file;
+use crate::timed;
+
+fn open_close(subject: Subject, times: usize) -> Result<Cost> {
+    let device = openat(CWD, "/dev/anon", OFlags::RDWR, Mode::empty())?;
+    let (time, ()) = timed(|| {
+        for _ in 0..times {
+            match subject {
+                // Not the device's own open and close.
+                Ioctl => drop(new_file(&device)?),
+                _ => drop(subject.open()?),
+            }
+        }
+        Ok(())
+    })?;
+    Ok(Cost::time(time, times))
+}
+
+/// The kernel's own objects, in bytes.
+fn kernel_objects() -> Result<usize> {
+    // What is no object any more goes first: what waits for RCU, and free room in the caches.
+    thread::sleep(Duration::from_millis(100));
+    for cache in fs::read_dir("/sys/kernel/slab").context("/sys/kernel/slab")? {
+        fs::write(cache?.path().join("shrink"), "1").context("shrink")?;
+    }
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Slab:"));
+    let words = line.context("no Slab")?.trim().split(' ').next();
+    Ok(words.context("no number")?.parse::<usize>()? << 10)
+}
+
+fn object_bytes(subject: Subject, objects: usize) -> Result<Cost> {
+    let mut held = Vec::with_capacity(objects);
+    let device = openat(CWD, "/dev/anon", OFlags::RDWR, Mode::empty())?;
+    let before = kernel_objects()?;
+    for _ in 0..objects {
+        held.push(match subject {
+            Ioctl => Some(new_file(&device)?),
+            _ => subject.open()?,
+        });
+    }
+    let bytes = kernel_objects()?.saturating_sub(before);
+    Ok(Cost::Bytes(bytes as f64 / held.len() as f64))
+}
+
+fn mapping_bytes(subject: Subject, maps: usize) -> Result<Cost> {
+    let memory = Memory::new(subject, 2 * maps)?;
+    let room = Map::reserve(2 * maps)?;
+    let before = kernel_objects()?;
+    for number in 0..maps {
+        memory.map_over(room.part(2 * number, 1), 2 * number)?;
+    }
+    let bytes = kernel_objects()?.saturating_sub(before);
+    let vmas = room.vmas()?;
+    room.unmap()?;
+    // Each splits what was reserved there: two VMAs more.
+    Ok(Cost::Bytes(bytes as f64 / (vmas / 2) as f64))
+}
+
+/// VMAs that neighbours in memory and in the file become.
+fn vmas(subject: Subject, maps: usize) -> Result<Cost> {
+    let memory = Memory::new(subject, maps)?;
+    let room = Map::reserve(maps)?;
+    for number in 0..maps {
+        memory.map_over(room.part(number, 1), number)?;
+    }
+    let vmas = room.vmas()?;
+    room.unmap()?;
+    Ok(Cost::Vmas(vmas as f64))
+}
+
+pub fn benches(scale: Scale) -> Vec<Bench> {
+    let files = scale.of(5000);
+    let maps = scale.of(10_000);
+    vec![
+        Bench::new(
+            "open and close",
+            "a new object, and its end",
+            &[Device, Ioctl, Memfd, Tmpfs, Zero],
+            move |s| open_close(s, files),
+        ),
+        Bench::new("memory of an object", "an open object", FILES, move |s| {
+            object_bytes(s, files)
+        })
+        .rounds(1),
+        Bench::new(
+            "memory of a mapping",
+            "a VMA, and one beside it",
+            FILES,
+            move |s| mapping_bytes(s, maps),
+        )
+        .rounds(1),
+        Bench::new(
+            "VMAs of adjacent maps of a page",
+            "10,000 maps",
+            FILES,
+            move |s| vmas(s, maps),
+        )
+        .rounds(1),
+    ]
+}
