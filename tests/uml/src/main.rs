@@ -12,6 +12,7 @@ mod life;
 mod mconsole;
 mod over;
 mod sandbox;
+mod ubd;
 mod unmodified;
 mod userland;
 
@@ -31,7 +32,7 @@ struct Args {
     /// The kernel has patches/host: a node opened before its driver was there works
     #[arg(long)]
     node_works: bool,
-    /// Of the userland scenario: every backing and every mode, and more stress
+    /// Of userland and ubd: more of everything, for hours rather than minutes
     #[arg(long)]
     long: bool,
 }
@@ -44,6 +45,8 @@ enum Scenario {
     Kernel,
     /// Tests: a Debian userland on our UML
     Userland,
+    /// Tests: pages of an image mapped into the guest, ubd=mmap
+    Ubd,
     /// Shows the host's memory with guests and without
     Demo,
     /// The life of a Debian guest, on /dev/anon and as it is today: samples and figures
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         Scenario::Unmodified => unmodified::run(args.node_works),
         Scenario::Kernel => kernel::run(),
         Scenario::Userland => userland::run(args.long),
+        Scenario::Ubd => ubd::run(args.long),
         Scenario::Demo => shown(demo::run()),
         Scenario::Life => shown(life::run()),
         Scenario::Count => shown(life::count()),
