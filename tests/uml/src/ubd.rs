@@ -51,6 +51,7 @@ const TESTS: &[Test<State>] = &[
         two_processors,
     ),
     ("the same on a memfd", memfd),
+    ("eight guests at once from one image", eight),
     ("read-only ext4, EROFS and squashfs", read_only),
     (
         "what cannot be mapped is read, and the guest says why",
@@ -286,10 +287,14 @@ fn words(state: &State) -> Vec<&'static str> {
             "direct 30",
             "poke 30",
             "exec 30",
+            "node",
+            "press 60",
             "write 60",
         ]
     } else {
-        vec!["write 10", "watch 5", "direct 5", "poke 3", "exec 3"]
+        vec![
+            "write 10", "watch 5", "direct 5", "poke 3", "exec 3", "press 3",
+        ]
     }
 }
 
@@ -301,6 +306,31 @@ fn two_processors(state: &mut State) -> Result<String> {
 fn memfd(state: &mut State) -> Result<String> {
     let setup = on(1, Backing::Memfd).with(&["ubd=mmap", "seccomp=on"]);
     changes(state, setup, &words(state)[..2])
+}
+
+fn eight(state: &mut State) -> Result<String> {
+    if !state.long {
+        return Ok("SKIP only in the long form".to_owned());
+    }
+    let mut guests = Vec::new();
+    for number in 1..=8 {
+        guests.push(start(on(number, Backing::Anon).with(&["ubd=mmap"]))?);
+    }
+    for guest in &guests {
+        guest.begin("work", "image")?;
+    }
+    let mut cost = 0;
+    for guest in &mut guests {
+        while !guest.is_done("work", "image")? {
+            thread::sleep(Duration::from_secs(1));
+        }
+        cost += guest.memory()?.cost;
+    }
+    for guest in &mut guests {
+        guest.power_off()?;
+        untouched(state, guest, false)?;
+    }
+    Ok(format!("the host pays {cost} KiB for all"))
 }
 
 /// The same files on three filesystems. What squashfs unpacks cannot be mapped.
