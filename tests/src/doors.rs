@@ -507,10 +507,17 @@ pub fn mapping_opened_through_map_files() -> Result<()> {
     let file = open(&path, libc::O_RDWR).context("map_files")?;
     let second = Map::shared(&file, 16, 0)?;
     second.check(TAG)?;
+    // Not mapped by anybody: from now on a close frees what it closes, and no more.
+    let file = fs::File::from(file);
+    file.write_all_at(b"kept", 100 * PAGE as u64)?;
     map.unmap()?;
-    expect_resident(&dev, 16, "kept by the second mapping")?;
+    expect_resident(&dev, 17, "kept by the second mapping")?;
     second.unmap()?;
-    expect_resident(&dev, 0, "all unmapped")
+    expect_resident(&dev, 1, "all unmapped, one written")?;
+    let mut word = [0; 4];
+    file.read_exact_at(&mut word, 100 * PAGE as u64)?;
+    ensure!(&word == b"kept", "{word:?}");
+    Ok(())
 }
 
 pub fn module_parameter_mode() -> Result<()> {

@@ -5,8 +5,8 @@
 //! nanosecond is an instruction.
 //!
 //! Each benchmark sets up what it needs, takes the time of its operations, and checks that pages
-//! came and went as they should have. The median of the rounds counts,
-//! but for the first one.
+//! came and went as they should have. The median of the rounds counts, but
+//! for the first one.
 
 mod child;
 mod growth;

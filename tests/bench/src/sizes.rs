@@ -3,6 +3,7 @@
 //! What an object costs, and a mapping of it: time, memory, VMAs.
 
 use std::fs;
+use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::Duration;
 
@@ -24,14 +25,26 @@ use crate::memory::Subject::*;
 use crate::memory::new_file;
 use crate::timed;
 
-fn open_close(subject: Subject, times: usize) -> Result<Cost> {
-    let device = openat(CWD, "/dev/anon", OFlags::RDWR, Mode::empty())?;
+/// A new object. One of the ioctl comes from `device`: not the device's own open and close.
+fn open(subject: Subject, device: &OwnedFd) -> Result<Memory> {
+    let fd = match subject {
+        Ioctl => Some(new_file(device)?),
+        _ => subject.open()?,
+    };
+    Ok(Memory { subject, fd })
+}
+
+fn device() -> Result<OwnedFd> {
+    Ok(openat(CWD, "/dev/anon", OFlags::RDWR, Mode::empty())?)
+}
+
+fn open_close(subject: Subject, times: usize, mapped: bool) -> Result<Cost> {
+    let device = device()?;
     let (time, ()) = timed(|| {
         for _ in 0..times {
-            match subject {
-                // Not the device's own open and close.
-                Ioctl => drop(new_file(&device)?),
-                _ => drop(subject.open()?),
+            let memory = open(subject, &device)?;
+            if mapped {
+                memory.map_anywhere(0, 1)?.unmap()?;
             }
         }
         Ok(())
@@ -52,17 +65,20 @@ fn kernel_objects() -> Result<usize> {
     Ok(words.context("no number")?.parse::<usize>()? << 10)
 }
 
+/// With a mapping of each: the device has no memory before.
 fn object_bytes(subject: Subject, objects: usize) -> Result<Cost> {
+    let device = device()?;
     let mut held = Vec::with_capacity(objects);
-    let device = openat(CWD, "/dev/anon", OFlags::RDWR, Mode::empty())?;
     let before = kernel_objects()?;
     for _ in 0..objects {
-        held.push(match subject {
-            Ioctl => Some(new_file(&device)?),
-            _ => subject.open()?,
-        });
+        let memory = open(subject, &device)?;
+        let map = memory.map_anywhere(0, 1)?;
+        held.push((memory, map));
     }
     let bytes = kernel_objects()?.saturating_sub(before);
+    for (_, map) in &held {
+        map.unmap()?;
+    }
     Ok(Cost::Bytes(bytes as f64 / held.len() as f64))
 }
 
@@ -100,11 +116,20 @@ pub fn benches(scale: Scale) -> Vec<Bench> {
             "open and close",
             "a new object, and its end",
             &[Device, Ioctl, Memfd, Tmpfs, Zero],
-            move |s| open_close(s, files),
+            move |s| open_close(s, files, false),
         ),
-        Bench::new("memory of an object", "an open object", FILES, move |s| {
-            object_bytes(s, files)
-        })
+        Bench::new(
+            "open, map and close",
+            "a new object, a mapping of it, and the end of both",
+            FILES,
+            move |s| open_close(s, files, true),
+        ),
+        Bench::new(
+            "memory of an object",
+            "an open object and a mapping of it",
+            FILES,
+            move |s| object_bytes(s, files),
+        )
         .rounds(1),
         Bench::new(
             "memory of a mapping",

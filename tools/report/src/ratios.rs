@@ -57,6 +57,7 @@ const GOALS: &[Goal] = &[
         1.5,
     ),
     goal("open and close", "memfd", 1.3),
+    goal("open, map and close", "memfd", 1.3),
     goal("VMAs of adjacent maps of a page", "memfd", 1.0),
     goal("UML boot and workload", "tmpfs", 1.01),
 ];
