@@ -351,7 +351,7 @@ pub fn benches(scale: Scale) -> Vec<Bench> {
             "touch again, read (fault-around)",
             "a resident page read, by a mapping that has it not yet",
             FILES,
-            move |s| touch_again(s, some, false),
+            move |s| touch_again(s, 4 * some, false),
         ),
         Bench::new(
             "unmap one of two mappings, by 4 KiB",
@@ -391,7 +391,7 @@ pub fn benches(scale: Scale) -> Vec<Bench> {
             PARTS,
             move |s| free(s, (4 * some).max(HUGE), HUGE),
         )
-        .rounds(3),
+        .rounds(5),
         Bench::new(
             "unmap and free, holes of 4 KiB",
             "a page amid others that stay",
@@ -443,7 +443,7 @@ pub fn benches(scale: Scale) -> Vec<Bench> {
                 },
             )
             .at(vmas)
-            .rounds(1),
+            .rounds(if vmas > 1000 { 1 } else { 4 }),
         );
     }
     let large = many.max(HUGE);
@@ -466,7 +466,7 @@ pub fn benches(scale: Scale) -> Vec<Bench> {
             "huge pages: unmap and free, by 4 KiB",
             "a page, each given back by itself",
             PARTS,
-            move |s| free_huge(s, HUGE, 1),
+            move |s| free_huge(s, 4 * HUGE, 1),
         ),
         Bench::new("swap-in", "a page read that was in swap", PARTS, move |s| {
             swap_in(s, some)

@@ -135,7 +135,7 @@ pub fn benches(scale: Scale) -> Vec<Bench> {
             "memory of a mapping",
             "a VMA, and one beside it",
             FILES,
-            move |s| mapping_bytes(s, maps),
+            move |s| mapping_bytes(s, 2 * maps),
         )
         .rounds(1),
         Bench::new(

@@ -80,7 +80,7 @@ pub struct Ratio {
     peer: String,
     value: f64,
     goal: Option<f64>,
-    /// Of the value as it was measured, not as it is rounded.
+    /// To the thousandth, as it is printed: two runs do not agree to more.
     met: Option<bool>,
     /// The least it could be: see [`Floor`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -323,7 +323,7 @@ fn of_door<'a>(
             peer: peer.to_owned(),
             value: rounded(value, 4),
             goal: goal.map(|goal| goal.at_most),
-            met: goal.map(|goal| value <= goal.at_most),
+            met: goal.map(|goal| rounded(value, 3) <= goal.at_most),
             floor: floor.map(|floor| rounded(floor / peer_value, 4)),
             plain: plain.map(|plain: f64| rounded(plain, 4)),
             unit: match measure.unit.as_str() {
