@@ -224,7 +224,7 @@ static bool devanon_remove_locked(struct address_space *mapping, struct folio **
 				  unsigned int nr, pgoff_t first, pgoff_t last, pgoff_t *next,
 				  bool *whole)
 {
-	pgoff_t low = last, high = first, end;
+	pgoff_t low = first, high = last, end;
 	bool none_covered, all_there = true;
 	unsigned long inside = 0;
 	unsigned int i;
@@ -246,9 +246,11 @@ static bool devanon_remove_locked(struct address_space *mapping, struct folio **
 			*whole = false;
 			continue;
 		}
+		/* They come in the order of their indices. */
+		if (!inside)
+			low = folio->index;
+		high = end;
 		inside |= BIT(i);
-		low = min(low, folio->index);
-		high = max(high, end);
 	}
 
 	/* One question for all, as a rule. */

@@ -414,14 +414,10 @@ unsafe extern "C" fn open(inode: *mut bindings::inode, file: *mut bindings::file
             return ENXIO.to_errno();
         }
     }
-    // Who frees pages and does not know yet is done before anything is written.
-    //
     // SAFETY: The file has our operations, is held, and is counted by now.
-    drop(
-        unsafe { ShmemFile::from_raw(file) }
-            .mapping()
-            .invalidate_lock(),
-    );
+    let file = unsafe { ShmemFile::from_raw(file) };
+    // Who frees pages and does not know yet is done before anything is written.
+    drop(file.mapping().invalidate_lock());
     0
 }
 

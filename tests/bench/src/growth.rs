@@ -97,7 +97,7 @@ pub fn benches(scale: Scale) -> Vec<Bench> {
                 move |s| unmap_amid_vmas(s, vmas),
             )
             .at(vmas)
-            .rounds(1),
+            .rounds(if vmas > 1000 { 1 } else { 4 }),
         );
     }
     for others in scale.up_to(&[1, 8, 64, 512]) {
@@ -109,7 +109,7 @@ pub fn benches(scale: Scale) -> Vec<Bench> {
                 move |s| unmap_amid_processes(s, others),
             )
             .at(others)
-            .rounds(1),
+            .rounds(if others > 64 { 1 } else { 4 }),
         );
     }
     benches

@@ -372,7 +372,7 @@ pub fn benches(scale: Scale) -> Vec<Bench> {
             ALL,
             move |s| free(s, many, many),
         )
-        .rounds(2),
+        .rounds(3),
         Bench::new(
             "unmap and free, by 4 KiB",
             "a page, each given back by itself",
@@ -443,7 +443,7 @@ pub fn benches(scale: Scale) -> Vec<Bench> {
                 },
             )
             .at(vmas)
-            .rounds(if vmas > 1000 { 1 } else { 4 }),
+            .rounds(if vmas > 1000 { 1 } else { 3 }),
         );
     }
     let large = many.max(HUGE);

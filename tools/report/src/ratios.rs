@@ -105,6 +105,11 @@ fn rounded(value: f64, digits: i32) -> f64 {
     (value * scale).round() / scale
 }
 
+/// A ratio as it is printed, and as a goal is held against it.
+fn shown(value: f64) -> String {
+    format!("{:.3}", rounded(value, 3))
+}
+
 fn title(measure: &Measure) -> String {
     match measure.at {
         Some(at) => format!("{}: {at}", measure.name),
@@ -204,7 +209,7 @@ impl Results {
                 ratio.door.clone(),
                 format!("{:.0}{unit}", ratio.door_value),
             ];
-            let shown = |value: Option<f64>| value.map_or("-".to_owned(), |v| format!("{v:.3}"));
+            let shown = |value: Option<f64>| value.map_or("-".to_owned(), shown);
             row.extend(PEERS.map(|peer| shown(of(peer).map(|r| r.value))));
             row.push(shown(of("memfd").and_then(|r| r.plain)));
             row.push(ratio.operation.clone());
@@ -224,7 +229,6 @@ impl Results {
         for goal in GOALS {
             let of_goal = |r: &&Ratio| r.goal.is_some() && r.name.starts_with(goal.name);
             for ratio in self.ratios.iter().filter(of_goal) {
-                let shown = |value: f64| format!("{value:.3}");
                 rows.push(vec![
                     ratio.name.clone(),
                     ratio.kernel.clone(),
@@ -257,7 +261,11 @@ impl Results {
                 // Times of an emulator say little.
                 Some(_) if old.unit == "ns" => {}
                 Some(new) if new.value > old.value * TOLERANCE => {
-                    worse.push(format!("{what}: {:.3}, was {:.3}", new.value, old.value));
+                    worse.push(format!(
+                        "{what}: {}, was {}",
+                        shown(new.value),
+                        shown(old.value)
+                    ));
                 }
                 Some(_) => {}
             }
