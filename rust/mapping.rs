@@ -5,9 +5,10 @@
 //! Lock order: `mmap_lock` -> `invalidate_lock` -> folio lock -> `i_mmap_rwsem`.
 //!
 //! shmem itself leaves `invalidate_lock` alone. Here it stands between freeing pages (for writing)
-//! and bringing them in by faults (shared, by those that find it taken). This driver never takes it inside `i_rwsem`'s critical
-//! section, but a `write(2)` whose buffer is a mapping of the same file faults under `i_rwsem`, so
-//! `i_rwsem` must not be taken under `invalidate_lock`: no `vfs_fallocate()` from here.
+//! and bringing them in by faults (shared, by those that find it taken). This driver never takes it
+//! inside `i_rwsem`'s critical section, but a `write(2)` whose buffer is a mapping of the same file
+//! faults under `i_rwsem`, so `i_rwsem` must not be taken under `invalidate_lock`: no
+//! `vfs_fallocate()` from here.
 //!
 //! C headers: [`include/linux/fs.h`](srctree/include/linux/fs.h),
 //! [`include/linux/shmem_fs.h`](srctree/include/linux/shmem_fs.h).

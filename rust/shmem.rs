@@ -72,8 +72,8 @@ pub(crate) trait VmOperations {
     /// Process context, `mmap_lock` held unless the process is exiting; may sleep.
     fn close(file: &ShmemFile, range: PageRange);
 
-    /// Whether pages are to be brought in by [`Self::fault`]; if not, shmem does so with no more ado.
-    /// Asked at each fault, so it is to be quick. Must not sleep.
+    /// Whether pages are to be brought in by [`Self::fault`]; if not, shmem does so with no more
+    /// ado. Asked at each fault, so it is to be quick. Must not sleep.
     fn must_wait(file: &ShmemFile) -> bool;
 
     /// A page is touched that is not mapped; `shmem_fault` brings it in.
@@ -330,7 +330,8 @@ impl ShmemFile {
         self.object().freed.fetch_add(pages as u64, Relaxed);
     }
 
-    /// Has shmem count the pages that are left, and give back the rest of what it charged. May sleep.
+    /// Has shmem count the pages that are left, and give back the rest of what it charged. May
+    /// sleep.
     ///
     /// Under `mmap_lock` and `invalidate_lock`: shmem's `getattr` takes a spinlock of its own, and
     /// must not take `i_rwsem`.
