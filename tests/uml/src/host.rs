@@ -187,6 +187,33 @@ pub fn children(pid: i32) -> Result<Vec<i32>> {
     Ok(found)
 }
 
+/// What the threads of a process and of its children are at, for the one who has to find out why it
+/// does not go on.
+pub fn show_threads(pid: i32) {
+    let children = children(pid).unwrap_or_default();
+    for pid in [pid].into_iter().chain(children) {
+        let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+        for task in tasks.into_iter().flatten().flatten() {
+            let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+            let status = read("status");
+            let state = status.lines().filter(|line| {
+                ["Name", "State", "SigPnd", "ShdPnd", "SigBlk"]
+                    .contains(&line.split(':').next().unwrap_or_default())
+            });
+            let state: Vec<String> = state.map(|line| line.replace('\t', " ")).collect();
+            eprintln!(
+                "{}: {}; syscall {}",
+                task.path().display(),
+                state.join(", "),
+                read("syscall").trim()
+            );
+            for line in read("stack").lines() {
+                eprintln!("    {line}");
+            }
+        }
+    }
+}
+
 /// How many mappings a process has, and how many of them of what UML keeps its memory in.
 pub fn mappings(pid: i32) -> Result<(usize, usize)> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
