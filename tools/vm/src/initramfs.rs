@@ -24,8 +24,9 @@ use cpio::newc;
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/tmp:/bin/sh\n";
 const GROUP: &str = "root:x:0:\nuser:x:1000:\n";
 
-/// Kernel modules the tests load. Swap needs a device, and zram is one.
-const MODULES: [&str; 1] = ["zram"];
+/// Kernel modules for what runs in the VM to load. Swap needs a device, and zram is one; the others
+/// are for disks.
+const MODULES: [&str; 3] = ["zram", "virtio_blk", "ext4"];
 
 /// An archive being written.
 pub struct Archive {

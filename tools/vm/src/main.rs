@@ -83,8 +83,8 @@ Exit status:
 
 A kernel with kmemleak is searched for leaks when COMMAND has ended.
 
-In the VM: busybox in /bin, devanon-tests in /bin, devanon.ko in /lib/devanon (not loaded), zram in
-/lib/modules, /tmp and /dev/shm of 8 MiB each, users root and user (1000). With --shell the module
+In the VM: busybox in /bin, devanon-tests in /bin, devanon.ko in /lib/devanon (not loaded), zram,
+virtio_blk and ext4 in /lib/modules, /tmp and /dev/shm of 8 MiB each, users root and user (1000). With --shell the module
 is loaded; leave the shell to power off, Ctrl-A X ends QEMU."
 )]
 struct Cli {
@@ -115,6 +115,10 @@ struct Cli {
     /// Puts a file into the VM (readable and executable for all); may be repeated
     #[arg(long = "file", value_name = "HOST=GUEST", value_parser = file_pair)]
     files: Vec<(PathBuf, String)>,
+
+    /// Gives the VM a disk, /dev/vda and so on, with this raw image, and writes to it; may be repeated
+    #[arg(long = "disk", value_name = "IMAGE")]
+    disks: Vec<PathBuf>,
 
     /// Puts UML into the VM: the tree that scripts/uml-guest makes
     #[arg(long)]
@@ -312,6 +316,7 @@ fn run(cli: &Cli, directory: &Path, heard: &mut Heard) -> Result<Verdict> {
         memory: cli.memory,
         cpus: if cli.icount { 1 } else { cli.cpus },
         append: cli.append.clone(),
+        disks: cli.disks.clone(),
         directory: directory.to_owned(),
     };
     machine.kvm = !cli.icount && qemu::kvm_works(Path::new("build/vm/kvm"), || try_kvm(&machine))?;
@@ -374,6 +379,7 @@ fn try_kvm(machine: &Machine) -> Result<bool> {
         memory: 512,
         cpus: machine.cpus,
         append: String::new(),
+        disks: Vec::new(),
         directory,
     };
     let mut archive = Archive::create(&trial.initramfs())?;

@@ -3,6 +3,7 @@
 //! One QEMU, from its start to its end.
 
 use std::ffi::OsStr;
+use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs;
 use std::fs::File;
@@ -66,6 +67,8 @@ pub struct Machine {
     pub cpus: u32,
     /// Further kernel parameters.
     pub append: String,
+    /// Raw images, which are written to.
+    pub disks: Vec<PathBuf>,
     /// Where everything of this run is kept.
     pub directory: PathBuf,
 }
@@ -123,6 +126,12 @@ impl Machine {
             .arg("-initrd")
             .arg(self.initramfs())
             .args(["-append", &parameters]);
+        for disk in &self.disks {
+            // Nobody needs what is on it after a crash of this machine.
+            let mut drive = OsString::from("if=virtio,format=raw,cache=unsafe,file=");
+            drive.push(disk);
+            qemu.arg("-drive").arg(drive);
+        }
         Ok(qemu)
     }
 
@@ -153,7 +162,7 @@ impl Machine {
         let (port, theirs) = UnixStream::pair()?;
         fcntl_setfd(&theirs, FdFlags::empty())?;
         let verdict = format!("socket,id=verdict,fd={}", theirs.as_raw_fd());
-        let mut console = std::ffi::OsString::from("file,id=console,path=");
+        let mut console = OsString::from("file,id=console,path=");
         console.push(self.console());
         qemu.arg("-chardev")
             .arg(console)
