@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The chart: MiB of host memory over the seconds of each run.
+//! The chart: MiB of host memory over the seconds, or the guests, of each run.
 
 use anyhow::Result;
 use plotters::backend::SVGBackend;
@@ -44,23 +44,23 @@ const ROW: i32 = 20;
 const NAME: i32 = 16;
 const GAP: i32 = 5;
 
-/// Seconds and MiB.
+/// Seconds or guests, and MiB.
 type Line = Vec<(f64, f64)>;
 type Pixel = (i32, i32);
 
 /// Draws runs, of which there is at least one.
-pub fn svg(title: &str, runs: &[Run]) -> Result<String> {
+pub fn svg(title: &str, along: &str, runs: &[Run]) -> Result<String> {
     let mut text = String::new();
-    draw(&mut text, title, runs)?;
+    draw(&mut text, title, along, runs)?;
     Ok(text)
 }
 
-fn draw(text: &mut String, title: &str, runs: &[Run]) -> Result<()> {
+fn draw(text: &mut String, title: &str, along: &str, runs: &[Run]) -> Result<()> {
     let first = &runs[0];
     let hosts: Vec<Line> = runs.iter().map(host).collect();
     let guest = guest(first);
     let points = || hosts.iter().chain(&guest).flatten();
-    let starts = first.phases.iter().map(|phase| phase.seconds);
+    let starts = first.phases.iter().map(|phase| phase.at);
     let seconds = points().map(|point| point.0).chain(starts.clone());
     let seconds = seconds.fold(1.0, f64::max);
     let mib = points().map(|point| point.1).fold(1.0, f64::max) * 1.05;
@@ -99,7 +99,7 @@ fn draw(text: &mut String, title: &str, runs: &[Run]) -> Result<()> {
         .axis_style(BLACK)
         .label_style(style(15))
         .axis_desc_style(style(16))
-        .x_desc("seconds")
+        .x_desc(along)
         .y_desc("MiB of host memory")
         .x_label_formatter(&tick)
         .y_label_formatter(&tick)
@@ -159,13 +159,13 @@ fn style(size: u32) -> TextStyle<'static> {
 }
 
 fn host(run: &Run) -> Line {
-    let point = |sample: &Sample| (sample.seconds, mib(sample.host_kib));
+    let point = |sample: &Sample| (sample.at, mib(sample.host_kib));
     run.samples.iter().map(point).collect()
 }
 
 /// A line for each stretch of time in which the guest could be asked.
 fn guest(run: &Run) -> Vec<Line> {
-    let point = |sample: &Sample| Some((sample.seconds, mib(sample.guest_used_kib?)));
+    let point = |sample: &Sample| Some((sample.at, mib(sample.guest_used_kib?)));
     run.samples
         .split(|sample| sample.guest_used_kib.is_none())
         .filter(|stretch| !stretch.is_empty())

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The lives of some guests, as the program in the VM writes them: JSON lines.
+//! The lives of some guests, or their number, as the program in the VM writes them: JSON lines.
 
 use std::fs;
 use std::path::Path;
@@ -21,13 +21,14 @@ enum Record {
     Run(Title),
 }
 
-/// A second of a run. Its shmem_kib and available_kib, of the host, are for other readers.
+/// A second of a run, or one more guest. Its shmem_kib and available_kib, of the host, are for other readers.
 #[derive(Deserialize)]
 pub struct Sample {
     run: String,
-    /// Since the start of the run.
-    pub seconds: f64,
-    /// What the guest's memory file costs the host.
+    /// Since the start of the run; or with so many guests.
+    #[serde(rename = "seconds", alias = "guests")]
+    pub at: f64,
+    /// What the guest's memory file, or all there is of guests, costs the host.
     pub host_kib: u64,
     /// None while the guest cannot be asked.
     pub guest_used_kib: Option<u64>,
@@ -37,7 +38,8 @@ pub struct Sample {
 #[derive(Deserialize)]
 pub struct Phase {
     run: String,
-    pub seconds: f64,
+    #[serde(rename = "seconds", alias = "guests")]
+    pub at: f64,
     pub name: String,
 }
 

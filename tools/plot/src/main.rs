@@ -50,6 +50,10 @@ struct Cli {
     /// Stands above the chart
     #[arg(long, default_value = "A UML guest's life")]
     title: String,
+
+    /// Stands below it: what samples are taken along
+    #[arg(long, default_value = "seconds")]
+    along: String,
 }
 
 #[derive(Serialize)]
@@ -98,7 +102,7 @@ fn main() -> ExitCode {
 /// Whether all goals are met.
 fn run(cli: &Cli) -> Result<bool> {
     let life = Life::read(&cli.input)?;
-    let svg = chart::svg(&cli.title, &life.runs).context("cannot draw the chart")?;
+    let svg = chart::svg(&cli.title, &cli.along, &life.runs).context("cannot draw the chart")?;
     let figures = life.figures.into_iter().map(Judged::from).collect();
     let results = Results { figures };
 
