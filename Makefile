@@ -5,8 +5,8 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 # Where the module is built: here, or with MO=DIR in DIR.
 KBUILD = $(MAKE) -C $(KDIR) M=$(CURDIR) $(if $(MO),MO=$(MO))
 
-.PHONY: help modules modules_install clean run test test-debug stress test-kcsan stress-uml demo-uml \
-	bench bench-compare kernel uml shell lint rust-analyzer distclean
+.PHONY: help modules modules_install clean run test test-debug stress test-kcsan stress-uml stress-ubd demo-uml \
+	demo-savings bench bench-compare kernel uml shell lint rust-analyzer distclean
 .NOTPARALLEL:
 
 help:
@@ -17,7 +17,9 @@ help:
 	@echo '  make stress [SECONDS=N]   the race test alone, on the debug kernel; 600 s by default'
 	@echo '  make test-kcsan      the driver'"'"'s tests under the detector of data races'
 	@echo '  make stress-uml      a Debian userland on UML, on all that its memory can be in'
+	@echo '  make stress-ubd      ubd=mmap: its tests in their long form, and a guest killed a hundred times'
 	@echo '  make demo-uml        the life of a Debian guest: a picture, and figures with their goals'
+	@echo '  make demo-savings [SHORT=1]   guests from one image until the host swaps: a table and a picture'
 	@echo '  make bench           /dev/anon against its peers, counted in instructions: tables of ratios'
 	@echo '  make bench-compare   what of that is worse than bench/baseline.json by more than 2 %'
 	@echo '  make uml             a UML with patches/uml, the guest'"'"'s kernel'
@@ -49,9 +51,9 @@ clean:
 	$(KBUILD) $@
 
 # The full log of each, also of what prepares it.
-run test test-debug stress test-kcsan stress-uml demo-uml bench kernel uml shell lint rust-analyzer: export DEVANON_LOG = $(CURDIR)/build/log/$@.log
+run test test-debug stress test-kcsan stress-uml stress-ubd demo-uml demo-savings bench kernel uml shell lint rust-analyzer: export DEVANON_LOG = $(CURDIR)/build/log/$@.log
 
-run test test-kcsan stress-uml demo-uml bench shell lint:
+run test test-kcsan stress-uml stress-ubd demo-uml demo-savings bench shell lint:
 	@scripts/prepare $@
 	@scripts/$@
 

@@ -8,6 +8,11 @@ project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 build=$project/build
 root=$build/root
 me=${0##*/}
+# For devanon-vm: a Debian userland for guests, and what else the tests of ubd=mmap read.
+ubd_files=(--disk "$build/uml/files.disk" --file "$build/uml/debian.img=/lib/devanon/debian.img")
+for kind in ext4 squashfs; do
+	ubd_files+=(--file "$build/uml/files.$kind=/lib/devanon/files.$kind")
+done
 kernel_lines=(7.3 7.2)	# what the module is built for and tested on, newest first
 
 die() {

@@ -45,7 +45,7 @@ pub const SIZE: u32 = 192;
 
 const FILES: &str = "/lib/devanon";
 /// Debian's userland, only in VMs that are given it.
-const IMAGE: &str = "/lib/devanon/debian.img";
+pub const IMAGE: &str = "/lib/devanon/debian.img";
 /// Longer than any guest needs for one answer on a slow machine with a debug kernel.
 const PATIENCE: Duration = Duration::from_secs(600);
 /// What UML ends with when it is powered off. On any kind of memory it now and then aborts after its
@@ -281,7 +281,10 @@ impl Guest {
             let left = end.saturating_duration_since(Instant::now());
             match self.console.recv_timeout(left) {
                 Ok(chunk) => self.said += &String::from_utf8_lossy(&chunk),
-                Err(RecvTimeoutError::Timeout) => break "in time",
+                Err(RecvTimeoutError::Timeout) => {
+                    host::show_threads(self.pid());
+                    break "in time";
+                }
                 Err(RecvTimeoutError::Disconnected) => break "before its console closed",
             }
         };
@@ -353,37 +356,53 @@ impl Guest {
 
     /// Has Debian's userland do a piece of work (see tools/uml-guest/work), which must go well.
     pub fn work(&mut self, words: &str) -> Result<()> {
-        self.begin_work(words)?;
-        self.end_work(words)
+        self.begin("work", words)?;
+        self.end("work", words)
     }
 
-    /// Leaves the guest at it: see [`Guest::work_is_done`].
-    pub fn begin_work(&self, words: &str) -> Result<()> {
-        self.say(&format!("work {words}"))
+    /// Leaves the guest at what `work` or `disk` does (see tools/uml-guest): see [`Guest::is_done`].
+    pub fn begin(&self, program: &str, words: &str) -> Result<()> {
+        self.say(&format!("{program} {words}"))
     }
 
-    fn end_work(&mut self, words: &str) -> Result<()> {
+    fn end(&mut self, program: &str, words: &str) -> Result<()> {
         let word = words.split(' ').next().unwrap_or_default();
-        let answer = self.expect(&format!("work: {word} "))?;
-        if answer != "ok" {
+        let answer = self.expect(&format!("{program}: {word} "))?;
+        if !answer.starts_with("ok") {
             self.show_tail();
-            bail!("{}: work {words}: {answer}", self.name);
+            bail!("{}: {program} {words}: {answer}", self.name);
         }
-        eprintln!("{}: work {words}: {answer}", self.name);
+        eprintln!("{}: {program} {words}: {answer}", self.name);
         Ok(())
     }
 
-    /// Whether the work has come to its end, which must be a good one.
-    pub fn work_is_done(&mut self, words: &str) -> Result<bool> {
+    /// Whether the program has come to its end, which must be a good one.
+    pub fn is_done(&mut self, program: &str, words: &str) -> Result<bool> {
         for chunk in self.console.try_iter() {
             self.said += &String::from_utf8_lossy(&chunk);
         }
-        let done = self.said[self.read..].contains("\nwork: ")
-            || self.said[self.read..].starts_with("work: ");
+        let begin = format!("{program}: ");
+        let unread = &self.said[self.read..];
+        let done = unread.starts_with(&begin) || unread.contains(&format!("\n{begin}"));
         if done {
-            self.end_work(words)?;
+            self.end(program, words)?;
         }
         Ok(done)
+    }
+
+    /// The rest of the last whole line that begins so, when the guest has ended.
+    pub fn last(&mut self, begin: &str) -> Option<String> {
+        for chunk in self.console.iter() {
+            self.said += &String::from_utf8_lossy(&chunk);
+        }
+        let lines = self.said.split_inclusive('\n').rev();
+        let mut found = lines.filter_map(|line| line.strip_suffix('\n')?.strip_prefix(begin));
+        found.next().map(|rest| rest.trim().to_owned())
+    }
+
+    /// The copy-on-write file of a Debian guest, which goes when `self` does.
+    pub fn cow(&self) -> String {
+        format!("/var/{}.cow", self.name)
     }
 
     /// Waits for a verdict on the workload: every file the machine that built it knew is right.

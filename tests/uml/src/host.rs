@@ -8,6 +8,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 use std::time::Instant;
@@ -21,6 +22,8 @@ use rustix::fs::Mode;
 use rustix::fs::makedev;
 use rustix::fs::mknodat;
 use rustix::fs::statvfs;
+use rustix::mount::MountFlags;
+use rustix::mount::mount;
 use rustix::system::delete_module;
 use rustix::system::finit_module;
 
@@ -187,6 +190,33 @@ pub fn children(pid: i32) -> Result<Vec<i32>> {
     Ok(found)
 }
 
+/// What the threads of a process and of its children are at, for the one who has to find out why it
+/// does not go on.
+pub fn show_threads(pid: i32) {
+    let children = children(pid).unwrap_or_default();
+    for pid in [pid].into_iter().chain(children) {
+        let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+        for task in tasks.into_iter().flatten().flatten() {
+            let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+            let status = read("status");
+            let state = status.lines().filter(|line| {
+                ["Name", "State", "SigPnd", "ShdPnd", "SigBlk"]
+                    .contains(&line.split(':').next().unwrap_or_default())
+            });
+            let state: Vec<String> = state.map(|line| line.replace('\t', " ")).collect();
+            eprintln!(
+                "{}: {}; syscall {}",
+                task.path().display(),
+                state.join(", "),
+                read("syscall").trim()
+            );
+            for line in read("stack").lines() {
+                eprintln!("    {line}");
+            }
+        }
+    }
+}
+
 /// How many mappings a process has, and how many of them of what UML keeps its memory in.
 pub fn mappings(pid: i32) -> Result<(usize, usize)> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
@@ -287,4 +317,14 @@ pub fn remove_node() -> Result<()> {
 
 pub fn chmod(path: &str, mode: u32) -> Result<()> {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).context(path.to_owned())
+}
+
+/// Mounts a disk of the VM, which has ext4.
+pub fn disk(device: &str, directory: &str) -> Result<()> {
+    for module in ["virtio_blk", "ext4"] {
+        let status = Command::new("modprobe").arg(module).status();
+        ensure!(status.context("modprobe")?.success(), "modprobe {module}");
+    }
+    fs::create_dir_all(directory)?;
+    mount(device, directory, "ext4", MountFlags::empty(), None).context(device.to_owned())
 }

@@ -42,7 +42,7 @@ use crate::ktap::Test;
 use crate::sandbox;
 
 /// Room for temporary files as memory, which /dev/shm here is too small for.
-const ROOM: &str = "/room";
+pub const ROOM: &str = "/room";
 /// The host's memory may exceed what the guest uses by so much once it has reported its free pages:
 /// each processor keeps some, and so does reporting itself when there are few.
 const EXCESS: i64 = 8 << 10;

@@ -29,16 +29,16 @@ const SIZE: u32 = 256;
 const IDLE: Duration = Duration::from_secs(45);
 
 /// As UML is today: its memory is a temporary file on tmpfs, and what is free stays in there.
-const TODAY: &[&str] = &["page_reporting=off"];
+pub const TODAY: &[&str] = &["page_reporting=off"];
 
-fn figure(name: &str, value: f64, unit: &str, goal: Option<f64>) {
+pub fn figure(name: &str, value: f64, unit: &str, goal: Option<f64>) {
     println!(
         "{}",
         json!({"figure": {"name": name, "value": value, "unit": unit, "goal": goal}})
     );
 }
 
-fn mib(kib: i64) -> f64 {
+pub fn mib(kib: i64) -> f64 {
     kib as f64 / 1024.0
 }
 
@@ -204,7 +204,7 @@ fn instructions() -> Result<f64> {
 }
 
 /// All instructions of a guest's life: its boot to the login prompt, some work or none, its end.
-fn cost(backing: Backing, arguments: &[&str], work: &[&str]) -> Result<f64> {
+pub fn cost(backing: Backing, arguments: &[&str], work: &[&str]) -> Result<f64> {
     let before = instructions()?;
     let mut guest = on(1, backing).with(arguments).debian().size(SIZE).start()?;
     guest.wait_up()?;

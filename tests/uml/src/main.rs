@@ -12,6 +12,8 @@ mod life;
 mod mconsole;
 mod over;
 mod sandbox;
+mod savings;
+mod ubd;
 mod unmodified;
 mod userland;
 
@@ -31,9 +33,12 @@ struct Args {
     /// The kernel has patches/host: a node opened before its driver was there works
     #[arg(long)]
     node_works: bool,
-    /// Of the userland scenario: every backing and every mode, and more stress
+    /// Of userland and ubd: more of everything, for hours rather than minutes
     #[arg(long)]
     long: bool,
+    /// Of savings: a few guests each way, and no search for when the host swaps
+    #[arg(long)]
+    short: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -44,12 +49,18 @@ enum Scenario {
     Kernel,
     /// Tests: a Debian userland on our UML
     Userland,
+    /// Tests: pages of an image mapped into the guest, ubd=mmap
+    Ubd,
     /// Shows the host's memory with guests and without
     Demo,
     /// The life of a Debian guest, on /dev/anon and as it is today: samples and figures
     Life,
     /// What /dev/anon and reporting cost in instructions: figures (for a VM with --icount)
     Count,
+    /// What a host pays for guests from one image, with and without ubd=mmap: samples and figures
+    Savings,
+    /// What that costs in instructions: figures (for a VM with --icount)
+    SavingsCount,
     /// A guest's boot and work on /dev/anon and on tmpfs: measures (for a VM with --icount)
     Bench,
 }
@@ -67,9 +78,12 @@ fn main() -> ExitCode {
         Scenario::Unmodified => unmodified::run(args.node_works),
         Scenario::Kernel => kernel::run(),
         Scenario::Userland => userland::run(args.long),
+        Scenario::Ubd => ubd::run(args.long),
         Scenario::Demo => shown(demo::run()),
         Scenario::Life => shown(life::run()),
         Scenario::Count => shown(life::count()),
+        Scenario::Savings => shown(savings::run(args.short)),
+        Scenario::SavingsCount => shown(savings::count()),
         Scenario::Bench => shown(life::bench()),
     };
     if good {

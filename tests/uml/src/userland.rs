@@ -71,7 +71,7 @@ fn works(state: &mut State, backing: Backing, arguments: &[&str]) -> Result<Stri
         &format!("stress {seconds}"),
         "check",
     ] {
-        guest.begin_work(words)?;
+        guest.begin("work", words)?;
         cycles += plug_while_it_works(&mut guest, words)?;
     }
     let (most, unmerged) = large_process(&mut guest)?;
@@ -100,7 +100,7 @@ fn plug_while_it_works(guest: &mut Guest, words: &str) -> Result<usize> {
         cycles += 1;
         // Something of the processor is for the work.
         thread::sleep(Duration::from_secs(1));
-        if guest.work_is_done(words)? {
+        if guest.is_done("work", words)? {
             return Ok(cycles);
         }
     }

@@ -1,0 +1,603 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `ubd=mmap`: pages of a disk's image, mapped in place of the guest's memory. Files are right whatever
+//! is done to them, the image is never written to, and the filesystem in the COW file is clean.
+
+use std::fs;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Context;
+use anyhow::Result;
+use anyhow::ensure;
+use rustix::mount::MountFlags;
+use rustix::mount::mount;
+use rustix::process::Signal;
+
+use crate::guest::Guest;
+use crate::guest::IMAGE;
+use crate::guest::Setup;
+use crate::host;
+use crate::host::Backing;
+use crate::kernel::ROOM;
+use crate::kernel::on;
+use crate::kernel::prepare;
+use crate::ktap;
+use crate::ktap::Test;
+
+const MAX_MAPS: &str = "/proc/sys/vm/max_map_count";
+/// With an ending: the sources that the small guests have, on three filesystems.
+const FILES: &str = "/lib/devanon/files";
+const DISK: &str = "/var/disk";
+/// Where the mode does not matter.
+const FASTER: &str = "seccomp=on";
+const TRACING: &str = "/sys/kernel/tracing";
+
+struct State {
+    long: bool,
+    /// Of the image, before any guest.
+    sum: String,
+}
+
+const TESTS: &[Test<State>] = &[
+    (
+        "all files are right, and the guest's memory has no copy of them",
+        image,
+    ),
+    ("files are written to, mapped, removed: ptrace", ptrace),
+    (
+        "the same, and all that is mapped is compared: seccomp, two processors",
+        two_processors,
+    ),
+    ("the same on a memfd", memfd),
+    ("eight guests at once from one image", eight),
+    ("read-only ext4, EROFS and squashfs", read_only),
+    (
+        "what cannot be mapped is read, and the guest says why",
+        refused,
+    ),
+    ("few mappings on the host: the rest is read", few_mappings),
+    ("an image that becomes shorter: errors, no more", truncated),
+    (
+        "without it nothing is mapped; pages that are changed in part are read right",
+        partly,
+    ),
+    ("a flush in the guest is one on the host", flush),
+    ("SIGKILL loses nothing that was flushed", killed),
+];
+
+pub fn run(long: bool) -> bool {
+    let sum = match checksum(IMAGE) {
+        Ok(sum) => sum,
+        Err(error) => {
+            eprintln!("devanon-uml: {error:#}");
+            return false;
+        }
+    };
+    prepare() && ktap::run(TESTS, &mut State { long, sum })
+}
+
+fn output(program: &str, arguments: &[&str]) -> Result<(i32, String)> {
+    let output = Command::new(program)
+        .args(arguments)
+        .output()
+        .with_context(|| program.to_owned())?;
+    let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text += &String::from_utf8_lossy(&output.stderr);
+    Ok((output.status.code().context("killed")?, text))
+}
+
+fn checksum(file: &str) -> Result<String> {
+    let (code, text) = output("sha256sum", &[file])?;
+    ensure!(code == 0, "{text}");
+    Ok(text)
+}
+
+/// What /proc/ubd_mmap says.
+struct Counters(String);
+
+impl Counters {
+    fn of(guest: &Guest) -> Result<Self> {
+        Ok(Self(guest.mconsole()?.proc("ubd_mmap")?))
+    }
+
+    fn get(&self, name: &str) -> Result<i64> {
+        self.0
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
+            .and_then(|rest| rest.split(' ').next()?.parse().ok())
+            .with_context(|| format!("no {name} in: {}", self.0))
+    }
+
+    /// These must have happened.
+    fn some(&self, names: &[&str]) -> Result<()> {
+        for name in names {
+            ensure!(self.get(name)? > 0, "no {name} in: {}", self.0);
+        }
+        Ok(())
+    }
+
+    /// These must not.
+    fn none(&self, names: &[&str]) -> Result<()> {
+        for name in names {
+            ensure!(self.get(name)? == 0, "{name} in: {}", self.0);
+        }
+        Ok(())
+    }
+
+    fn summary(&self) -> Result<String> {
+        Ok(format!(
+            "{} pages mapped, {} now in {} pieces; promoted: {} by writes, {} by mappings, {} by I/O",
+            self.get("mapped")?,
+            self.get("pages")?,
+            self.get("runs")?,
+            self.get("promoted_write")?,
+            self.get("promoted_pte")?,
+            self.get("promoted_io")?
+        ))
+    }
+}
+
+/// What is on the disk of a guest that has ended: the image, and over it what its COW file has. As a
+/// file of its own, at most one at a time.
+fn merged(cow: &str) -> Result<String> {
+    let cow = File::open(cow)?;
+    let image = File::open(IMAGE)?;
+    let mut header = [0; 32];
+    cow.read_exact_at(&mut header, 0)?;
+    let word = |at: usize| {
+        u64::from(u32::from_be_bytes(
+            header[at..at + 4].try_into().expect("four bytes"),
+        ))
+    };
+    ensure!(word(0) == 0x4f4f_4f4d && word(4) == 3, "not a COW file");
+    let size = (word(12) << 32) | word(16);
+    let (sector, align) = (word(20), word(24));
+    ensure!(
+        sector == 512 && size == image.metadata()?.len(),
+        "{size}, sectors of {sector}"
+    );
+    let bitmap_at = (32 + 4096u64).next_multiple_of(align);
+    let mut bitmap = vec![0; size.div_ceil(sector).div_ceil(8) as usize];
+    cow.read_exact_at(&mut bitmap, bitmap_at)?;
+    let data_at = (bitmap_at + bitmap.len() as u64).next_multiple_of(align);
+
+    let path = format!("{ROOM}/merged");
+    let _ = fs::remove_file(&path);
+    let merged = File::create_new(&path)?;
+    merged.set_len(size)?;
+    let mut block = [0; 4096];
+    for (number, &changed) in bitmap.iter().enumerate() {
+        let at = number as u64 * 4096;
+        let length = (size - at).min(4096) as usize;
+        let block = &mut block[..length];
+        if changed != 0xff {
+            image.read_exact_at(block, at)?;
+        }
+        for bit in (0..8).filter(|bit| (changed >> bit) & 1 != 0) {
+            let start = bit * 512;
+            cow.read_exact_at(&mut block[start..start + 512], data_at + at + start as u64)?;
+        }
+        if block.iter().any(|&byte| byte != 0) {
+            merged.write_all_at(block, at)?;
+        }
+    }
+    Ok(path)
+}
+
+/// After a guest: the image is as it was, and so is every file of the filesystem on it, as far as
+/// e2fsck can tell. After a guest that was killed the journal has to be replayed first.
+fn untouched(state: &State, guest: &Guest, replay: bool) -> Result<()> {
+    ensure!(checksum(IMAGE)? == state.sum, "the image has changed");
+    let disk = merged(&guest.cow())?;
+    if replay {
+        let (code, text) = output("e2fsck", &["-E", "journal_only", "-y", &disk])?;
+        ensure!(code <= 1, "e2fsck: {text}");
+    }
+    let (code, text) = output("e2fsck", &["-fn", &disk])?;
+    ensure!(code == 0, "e2fsck: {text}");
+    Ok(())
+}
+
+fn start(setup: Setup) -> Result<Guest> {
+    let mut guest = setup.debian().size(256).start()?;
+    guest.wait_up()?;
+    guest.log_in()?;
+    Ok(guest)
+}
+
+fn image(state: &mut State) -> Result<String> {
+    let mut guest = start(on(1, Backing::Anon).with(&["ubd=mmap", FASTER]))?;
+    guest.work("image")?;
+    let excess = guest.excess()?;
+    let counters = Counters::of(&guest)?;
+    let pages = counters.get("pages")?;
+    ensure!(pages > 10_000, "{}", counters.0);
+    // All of these pages are in use in the guest, and not one costs the host any of its memory. What
+    // was free but not yet reported is on the other side.
+    ensure!(
+        excess < -pages * 4 / 2,
+        "{pages} pages mapped, and the host pays {excess} KiB more than in use"
+    );
+    counters.none(&[
+        "lost",
+        "refused_differs",
+        "refused_host",
+        "refused_mappings",
+    ])?;
+    counters.some(&["restored_freed", "refused_page"])?;
+    guest.power_off()?;
+    untouched(state, &guest, false)?;
+    Ok(format!(
+        "{}\nthe host pays {} KiB less than the guest uses",
+        counters.summary()?,
+        -excess
+    ))
+}
+
+/// All words of tools/uml-guest/disk, while a quarter of the memory goes and comes.
+fn changes(state: &State, setup: Setup, words: &[&str]) -> Result<String> {
+    let mut guest = start(setup)?;
+    let console = guest.mconsole()?;
+    let quarter = guest.size() / 4;
+    let mut cycles = 0;
+    for words in words {
+        guest.begin("disk", words)?;
+        while !guest.is_done("disk", words)? {
+            // Where memory is short, there may be less to take.
+            let (all, now) = console.plug(-quarter)?;
+            ensure!(all || words.starts_with("press"), "{words}: {now:?}");
+            // Or nothing, which cannot be given back.
+            if now.unplugged > 0 {
+                let (all, now) = console.plug(now.unplugged)?;
+                ensure!(all && now.unplugged == 0, "{words}: {now:?}");
+            }
+            cycles += 1;
+            thread::sleep(Duration::from_secs(1));
+        }
+    }
+    let counters = Counters::of(&guest)?;
+    counters.none(&["lost", "refused_differs", "refused_host"])?;
+    counters.some(&[
+        "promoted_write",
+        "promoted_pte",
+        "restored_freed",
+        "refused_changed",
+    ])?;
+    if words.len() > 2 {
+        counters.some(&["promoted_io", "generations"])?;
+    }
+    ensure!(counters.get("mapped")? > 1000, "{}", counters.0);
+    drop(console);
+    guest.power_off()?;
+    untouched(state, &guest, false)?;
+    Ok(format!(
+        "{}\na quarter taken and given back {cycles} times",
+        counters.summary()?
+    ))
+}
+
+fn ptrace(state: &mut State) -> Result<String> {
+    let setup = on(1, Backing::Anon).with(&["ubd=mmap"]);
+    changes(state, setup, &words(state))
+}
+
+fn words(state: &State) -> Vec<&'static str> {
+    if state.long {
+        vec![
+            "write 60",
+            "watch 30",
+            "direct 30",
+            "poke 30",
+            "exec 30",
+            "node",
+            "press 60",
+            "write 60",
+        ]
+    } else {
+        vec![
+            "write 10", "watch 5", "direct 5", "poke 3", "exec 3", "press 3",
+        ]
+    }
+}
+
+fn two_processors(state: &mut State) -> Result<String> {
+    let setup = on(1, Backing::Anon).with(&["ubd=mmap,verify", "seccomp=on", "ncpus=2"]);
+    changes(state, setup, &words(state))
+}
+
+fn memfd(state: &mut State) -> Result<String> {
+    let setup = on(1, Backing::Memfd).with(&["ubd=mmap", FASTER]);
+    changes(state, setup, &words(state)[..2])
+}
+
+fn eight(state: &mut State) -> Result<String> {
+    if !state.long {
+        return Ok("SKIP only in the long form".to_owned());
+    }
+    let mut guests = Vec::new();
+    for number in 1..=8 {
+        guests.push(start(on(number, Backing::Anon).with(&["ubd=mmap"]))?);
+    }
+    for guest in &guests {
+        guest.begin("work", "image")?;
+    }
+    let mut cost = 0;
+    for guest in &mut guests {
+        while !guest.is_done("work", "image")? {
+            thread::sleep(Duration::from_secs(1));
+        }
+        cost += guest.memory()?.cost;
+    }
+    for guest in &mut guests {
+        guest.power_off()?;
+        untouched(state, guest, false)?;
+    }
+    Ok(format!("the host pays {cost} KiB for all"))
+}
+
+/// The same files on three filesystems. What squashfs unpacks cannot be mapped. On the host, EROFS is
+/// on ext4, the others on tmpfs; the first gets a successor while the guest runs.
+fn read_only(_: &mut State) -> Result<String> {
+    let replaced = format!("{ROOM}/files.ext4");
+    fs::copy(format!("{FILES}.ext4"), &replaced)?;
+    host::disk("/dev/vda", DISK)?;
+    let files = [
+        &replaced,
+        &format!("{DISK}/files.erofs"),
+        &format!("{FILES}.squashfs"),
+    ];
+    let mut setup = on(1, Backing::Anon).with(&["ubd=mmap,verify", FASTER]);
+    for (number, file) in (1..).zip(files) {
+        setup = setup.with(&[&format!("ubd{number}r={file}")]);
+    }
+    let mut guest = start(setup)?;
+    let successor = format!("{ROOM}/successor");
+    noise(&successor)?;
+    fs::rename(&successor, &replaced)?;
+    let mut text = String::new();
+    for (device, kind) in [('b', "ext4"), ('c', "erofs"), ('d', "squashfs")] {
+        let before = Counters::of(&guest)?.get("mapped")?;
+        guest.work(&format!("read {device} {kind}"))?;
+        let counters = Counters::of(&guest)?;
+        let mapped = counters.get("mapped")? - before;
+        text += &format!("{kind}: {mapped} pages mapped\n");
+        // The programs that check come from the first disk, after the first time from memory.
+        ensure!(
+            (mapped > 1000) == (kind != "squashfs"),
+            "{text}{}",
+            counters.0
+        );
+        counters.none(&["lost", "refused_differs", "refused_host"])?;
+    }
+    guest.power_off()?;
+    Ok(text)
+}
+
+/// Lines of the guest's kernel log.
+fn log(guest: &mut Guest, pattern: &str) -> Result<Vec<String>> {
+    guest.say(&format!(
+        "dmesg | grep -e '{pattern}' | sed 's/^.*] /log /'; echo log end"
+    ))?;
+    let mut lines = Vec::new();
+    loop {
+        let line = guest.expect("log ")?;
+        if line == "end" {
+            return Ok(lines);
+        }
+        lines.push(line);
+    }
+}
+
+/// A disk of noise for a guest.
+fn noise(path: &str) -> Result<()> {
+    let mut bytes = vec![0; 1 << 20];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    fs::write(path, &bytes)?;
+    host::chmod(path, 0o666)
+}
+
+fn refused(_: &mut State) -> Result<String> {
+    let writable = format!("{ROOM}/writable");
+    noise(&writable)?;
+    let noexec = format!("{ROOM}/noexec");
+    fs::create_dir_all(&noexec)?;
+    mount("noexec", noexec.as_str(), "tmpfs", MountFlags::NOEXEC, None)?;
+    let forbidden = format!("{noexec}/forbidden");
+    noise(&forbidden)?;
+    let mut guest = start(on(1, Backing::Anon).with(&[
+        "ubd=mmap",
+        FASTER,
+        &format!("ubd1={writable}"),
+        &format!("ubd2r={forbidden}"),
+    ]))?;
+    let lines = log(&mut guest, "^.*ubd[a-z]: ")?;
+    ensure!(
+        lines
+            == [
+                format!("ubda: what is read from {IMAGE} is mapped"),
+                "ubdb: read, not mapped: for ubd=mmap it needs a COW file, or the 'r' flag"
+                    .to_owned(),
+                "ubdc: read, not mapped: the image is on a filesystem mounted noexec, err = -1"
+                    .to_owned(),
+            ],
+        "{lines:?}"
+    );
+    // Less than a page; pages that are not in the page cache; pages that were changed.
+    guest.say(
+        "dd if=/dev/ubda of=/dev/null bs=512 count=8 iflag=direct 2>/dev/null; \
+         dd if=/dev/ubda of=/dev/null bs=64k count=8 iflag=direct 2>/dev/null; \
+         echo changed >>/root/hello.c; sync; echo 3 >/proc/sys/vm/drop_caches; cat /root/hello.c >/dev/null; \
+         echo; echo read",
+    )?;
+    guest.expect("read")?;
+    let counters = Counters::of(&guest)?;
+    counters.some(&["refused_partial", "refused_page", "refused_changed"])?;
+    counters.none(&["refused_mappings", "refused_host", "refused_differs"])?;
+    guest.power_off()?;
+    drop(guest);
+
+    // Its mappings do not merge, so there is no saying how many there will be.
+    let mut guest = start(on(2, Backing::Device).with(&["ubd=mmap", FASTER]))?;
+    let lines = log(&mut guest, "ubda: ")?;
+    ensure!(
+        lines == ["ubda: read, not mapped: the host cannot do it, err = -95"],
+        "{lines:?}"
+    );
+    let counters = Counters::of(&guest)?;
+    counters.none(&["images", "mapped"])?;
+    guest.power_off()?;
+    Ok(String::new())
+}
+
+fn few_mappings(state: &mut State) -> Result<String> {
+    const FEW: usize = 2400;
+    let before = fs::read_to_string(MAX_MAPS)?;
+    fs::write(MAX_MAPS, FEW.to_string())?;
+    let result = with_few_mappings(state, FEW);
+    fs::write(MAX_MAPS, before)?;
+    result
+}
+
+fn with_few_mappings(state: &State, few: usize) -> Result<String> {
+    let mut guest = start(on(1, Backing::Anon).with(&["ubd=mmap", FASTER]))?;
+    // What is mapped by now may come to be in many more pieces.
+    guest.begin("disk", "split")?;
+    let mut most = 0;
+    while !guest.is_done("disk", "split")? {
+        most = most.max(host::mappings(guest.pid())?.0);
+        thread::sleep(Duration::from_millis(100));
+    }
+    ensure!(most < few * 3 / 4, "{most} mappings of {few}");
+    guest.work("image")?;
+    let counters = Counters::of(&guest)?;
+    counters.some(&["refused_mappings", "promoted_neighbor"])?;
+    ensure!(counters.get("mapped")? > 1000, "{}", counters.0);
+    counters.none(&["lost", "refused_differs", "refused_host"])?;
+    guest.power_off()?;
+    untouched(state, &guest, false)?;
+    Ok(format!("at most {most} mappings\n{}", counters.summary()?))
+}
+
+fn truncated(_: &mut State) -> Result<String> {
+    let short = format!("{ROOM}/short");
+    fs::copy(format!("{FILES}.ext4"), &short)?;
+    host::chmod(&short, 0o666)?;
+    let mut guest =
+        start(on(1, Backing::Anon).with(&["ubd=mmap", FASTER, &format!("ubd1r={short}")]))?;
+    guest.work("read b ext4")?;
+    guest.say(
+        "mount -o ro /dev/ubdb /mnt; find /mnt -type f -exec cat {} + >/dev/null; echo; echo whole",
+    )?;
+    guest.expect("whole")?;
+    let file = File::options().write(true).open(&short)?;
+    file.set_len(file.metadata()?.len() / 3)?;
+    // From memory, which is gone; and from the disk.
+    guest.say("find /mnt -type f -exec cat {} + >/dev/null; echo; echo memory")?;
+    guest.expect("memory")?;
+    guest.say("echo 3 >/proc/sys/vm/drop_caches; find /mnt -type f -exec cat {} + >/dev/null 2>&1 || echo; echo failed")?;
+    guest.expect("failed")?;
+    let errors = log(&mut guest, "I/O error, dev ubdb")?.len();
+    ensure!(errors > 0, "no error");
+    let counters = Counters::of(&guest)?;
+    counters.some(&["lost"])?;
+    guest.work("compile")?;
+    guest.power_off()?;
+    Ok(format!(
+        "{} pages lost, {errors} errors",
+        counters.get("lost")?
+    ))
+}
+
+/// And without ubd=mmap there is nothing of it.
+fn partly(_: &mut State) -> Result<String> {
+    let backing = format!("{ROOM}/backing");
+    noise(&backing)?;
+    let cow = "/var/partly.cow";
+    let _ = fs::remove_file(cow);
+    let mut guest = start(on(1, Backing::Anon).with(&[FASTER, &format!("ubd1={cow},{backing}")]))?;
+    guest.begin("disk", "partly")?;
+    while !guest.is_done("disk", "partly")? {
+        thread::sleep(Duration::from_millis(100));
+    }
+    ensure!(
+        guest.mconsole()?.proc("ubd_mmap").is_err(),
+        "/proc/ubd_mmap is there"
+    );
+    guest.power_off()?;
+    fs::remove_file(cow)?;
+    Ok(String::new())
+}
+
+/// Which files were flushed by fdatasync(2), by way of the host's tracing.
+fn flush(_: &mut State) -> Result<String> {
+    mount("tracing", TRACING, "tracefs", MountFlags::empty(), None).context(TRACING)?;
+    let mut guest = start(on(1, Backing::Anon).with(&["ubd=mmap", FASTER]))?;
+    let switch = format!("{TRACING}/events/syscalls/sys_enter_fdatasync/enable");
+    fs::write(&switch, "1").context(switch.clone())?;
+    fs::write(format!("{TRACING}/trace"), "")?;
+    guest.say(
+        "dd if=/dev/zero of=/var/tmp/file bs=4k count=1 conv=fsync 2>/dev/null; echo; echo flushed",
+    )?;
+    guest.expect("flushed")?;
+    fs::write(&switch, "0")?;
+    let trace = fs::read_to_string(format!("{TRACING}/trace"))?;
+    let mut flushes = 0;
+    for line in trace.lines().filter(|line| line.contains("sys_fdatasync(")) {
+        let number = line
+            .rsplit_once("fd: ")
+            .and_then(|(_, rest)| rest.strip_suffix(')'));
+        let number = i32::from_str_radix(number.context("no fd")?.trim_start_matches("0x"), 16)?;
+        let file = fs::read_link(format!("/proc/{}/fd/{number}", guest.pid()))?;
+        ensure!(
+            file.to_string_lossy() == guest.cow(),
+            "{file:?} was flushed"
+        );
+        flushes += 1;
+    }
+    ensure!(flushes > 0, "none: {trace}");
+    guest.power_off()?;
+    Ok(format!("{flushes} calls of fdatasync"))
+}
+
+/// What the guest said it had flushed is on the disk, and the filesystem is clean, after its journal
+/// was replayed.
+fn killed(state: &mut State) -> Result<String> {
+    let times = if state.long { 100 } else { 1 };
+    let mut text = String::new();
+    for time in 0..times {
+        let mut guest = start(on(1, Backing::Anon).with(&["ubd=mmap", FASTER]))?;
+        guest.say("disk sync")?;
+        guest.expect("disk: synced ")?;
+        let mut random = [0; 2];
+        File::open("/dev/urandom")?.read_exact(&mut random)?;
+        thread::sleep(Duration::from_millis(
+            u64::from(u16::from_ne_bytes(random)) / 16,
+        ));
+        guest.kill(Signal::KILL)?;
+        guest.wait(&[128 + 9])?;
+        let last = guest.last("disk: synced ").context("nothing")?;
+        untouched(state, &guest, true)?;
+
+        let disk = format!("{ROOM}/merged");
+        let count: usize = last.parse()?;
+        let (_, lines) = output("debugfs", &["-R", "cat /var/tmp/synced/lines", &disk])?;
+        let found = lines
+            .lines()
+            .filter_map(|line| line.parse().ok())
+            .take_while(|&n: &usize| n <= count);
+        ensure!(found.eq(1..=count), "of {last} lines there are:\n{lines}");
+        let (_, file) = output(
+            "debugfs",
+            &["-R", &format!("cat /var/tmp/synced/{last}"), &disk],
+        )?;
+        let lines = file.lines().filter(|&line| line == last).count();
+        ensure!(lines == 1000, "of the file {last} there are {lines} lines");
+        text = format!("{} times; at last {last} were flushed", time + 1);
+    }
+    Ok(text)
+}
