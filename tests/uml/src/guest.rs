@@ -48,6 +48,8 @@ const FILES: &str = "/lib/devanon";
 pub const IMAGE: &str = "/lib/devanon/debian.img";
 /// Longer than any guest needs for one answer on a slow machine with a debug kernel.
 const PATIENCE: Duration = Duration::from_secs(600);
+/// Longer than any program of a guest runs beside other guests and their programs.
+const ENDURANCE: Duration = Duration::from_secs(1200);
 /// What UML ends with when it is powered off. On any kind of memory it now and then aborts after its
 /// last word, when its processes are gone already.
 pub const POWERED_OFF: &[i32] = &[0, 128 + 6];
@@ -247,6 +249,7 @@ impl Setup {
             console,
             said: String::new(),
             read: 0,
+            begun: Instant::now(),
         })
     }
 }
@@ -266,6 +269,8 @@ pub struct Guest {
     /// All that the console said, and how much of it has been looked at.
     said: String,
     read: usize,
+    /// When its last program was begun.
+    begun: Instant,
 }
 
 impl Guest {
@@ -361,8 +366,13 @@ impl Guest {
     }
 
     /// Leaves the guest at what `work` or `disk` does (see tools/uml-guest): see [`Guest::is_done`].
-    pub fn begin(&self, program: &str, words: &str) -> Result<()> {
-        self.say(&format!("{program} {words}"))
+    pub fn begin(&mut self, program: &str, words: &str) -> Result<()> {
+        let word = words.split(' ').next().unwrap_or_default();
+        self.begun = Instant::now();
+        // If it is killed it says nothing itself. What it did say comes first, and counts.
+        self.say(&format!(
+            "{program} {words} || echo \"{program}: {word} ended with $?\""
+        ))
     }
 
     fn end(&mut self, program: &str, words: &str) -> Result<()> {
@@ -376,7 +386,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Whether the program has come to its end, which must be a good one.
+    /// Whether the program has come to its end, which must be a good one, and within [`ENDURANCE`].
     pub fn is_done(&mut self, program: &str, words: &str) -> Result<bool> {
         for chunk in self.console.try_iter() {
             self.said += &String::from_utf8_lossy(&chunk);
@@ -386,6 +396,10 @@ impl Guest {
         let done = unread.starts_with(&begin) || unread.contains(&format!("\n{begin}"));
         if done {
             self.end(program, words)?;
+        } else if self.begun.elapsed() > ENDURANCE {
+            host::show_threads(self.pid());
+            self.show_tail();
+            bail!("{}: {program} {words} has not ended in time", self.name);
         }
         Ok(done)
     }
