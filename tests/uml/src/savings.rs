@@ -194,23 +194,30 @@ impl Image {
     }
 
     /// How often the host has a page that all guests have, on average. Its own page cache counts if
-    /// one of them maps the page from there.
-    fn copies(&self, guests: &[Guest]) -> Result<f64> {
+    /// one of them maps the page from there. What all have and none maps is metadata, where `way` maps.
+    fn copies(&self, way: &Way, guests: &[Guest]) -> Result<f64> {
         let held: Result<Vec<_>> = guests.iter().map(|guest| self.held(guest)).collect();
         let held = held?;
-        let (mut pages, mut copies) = (0, 0);
+        let (mut pages, mut copies, mut mapped_by_none) = (0, 0, 0);
         for page in self.pages.values() {
             let has = |(copies, mapped): &&(HashSet<u64>, HashSet<u64>)| {
                 copies.contains(page) || mapped.contains(page)
             };
             if held.iter().filter(has).count() == guests.len() {
+                let mapped = held.iter().any(|(_, mapped)| mapped.contains(page));
                 pages += 1;
                 copies += held.iter().filter(|(own, _)| own.contains(page)).count();
-                copies += usize::from(held.iter().any(|(_, mapped)| mapped.contains(page)));
+                copies += usize::from(mapped);
+                mapped_by_none += usize::from(!mapped);
             }
         }
         ensure!(pages > 0, "the guests have nothing of the image in common");
-        eprintln!("devanon-uml: {pages} pages of the image in each guest");
+        for (what, pages) in [
+            ("pages of the image that all guests have", pages),
+            ("  of these, none of them maps", mapped_by_none),
+        ] {
+            figure(&format!("({}) {what}", way.run), pages as f64, "", None);
+        }
         Ok(copies as f64 / pages as f64)
     }
 }
@@ -321,7 +328,7 @@ fn try_way(way: &Way, image: &Image, short: bool) -> Result<Outcome> {
             for guest in &guests {
                 pss += sums(guest, "smaps_rollup", ["Pss"])?[0] / few as i64;
             }
-            copies = image.copies(&guests)?;
+            copies = image.copies(way, &guests)?;
             breakdown(way, &guests[few - 1], memory)?;
             if short {
                 break None;
