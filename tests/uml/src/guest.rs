@@ -359,7 +359,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Has Debian's userland do a piece of work (see tools/uml-guest/work), which must go well.
+    /// Has Debian's userland do a piece of work (`work` of tools/uml-guest), which must go well.
     pub fn work(&mut self, words: &str) -> Result<()> {
         self.begin("work", words)?;
         self.end("work", words)
