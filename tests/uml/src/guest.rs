@@ -88,6 +88,11 @@ impl Setup {
         Self::new(number, &[OURS])
     }
 
+    /// Debian's UML as it comes, by itself.
+    pub fn packaged(number: usize) -> Self {
+        Self::new(number, &[UML])
+    }
+
     fn new(number: usize, program: &[&str]) -> Self {
         Self {
             name: format!("g{number}"),
@@ -135,6 +140,11 @@ impl Setup {
         self
     }
 
+    /// The program, and what it is given by those who made this.
+    pub fn words(&self) -> String {
+        [&self.program[..], &self.arguments[..]].concat().join(" ")
+    }
+
     fn home(&self) -> PathBuf {
         PathBuf::from(format!("/tmp/{}", self.name))
     }
@@ -172,6 +182,8 @@ impl Setup {
             Userland::Debian => command
                 .arg(format!("ubd0=/var/{}.cow,{IMAGE}", self.name))
                 .args(["root=/dev/ubda", "rw", "systemd.show_status=0"])
+                // Where the host is slow, the console is as well: no login prompt without it.
+                .arg("systemd.default_device_timeout_sec=900")
                 .args(["console=ttyS0", "ssl=null", "ssl0=fd:0,fd:1"]),
         };
         command
@@ -361,8 +373,36 @@ impl Guest {
 
     /// Has Debian's userland do a piece of work (`work` of tools/uml-guest), which must go well.
     pub fn work(&mut self, words: &str) -> Result<()> {
-        self.begin("work", words)?;
-        self.end("work", words)
+        self.run("work", words)
+    }
+
+    /// The same of `work` or `disk`.
+    pub fn run(&mut self, program: &str, words: &str) -> Result<()> {
+        self.begin(program, words)?;
+        self.finish(program, words)
+    }
+
+    /// The lines that a shell command of Debian's userland says.
+    pub fn lines(&mut self, command: &str) -> Result<Vec<String>> {
+        self.say(&format!(
+            "{command} | sed 's/^/line /'; echo; echo line end"
+        ))?;
+        let mut lines = Vec::new();
+        loop {
+            let line = self.expect("line ")?;
+            if line == "end" {
+                return Ok(lines);
+            }
+            lines.push(line);
+        }
+    }
+
+    /// Waits for the end of what was begun.
+    pub fn finish(&mut self, program: &str, words: &str) -> Result<()> {
+        while !self.is_done(program, words)? {
+            thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
     }
 
     /// Leaves the guest at what `work` or `disk` does (see tools/uml-guest): see [`Guest::is_done`].
@@ -405,13 +445,20 @@ impl Guest {
     }
 
     /// The rest of the last whole line that begins so, when the guest has ended.
-    pub fn last(&mut self, begin: &str) -> Option<String> {
-        for chunk in self.console.iter() {
-            self.said += &String::from_utf8_lossy(&chunk);
+    pub fn last(&mut self, begin: &str) -> Result<String> {
+        loop {
+            match self.console.recv_timeout(PATIENCE) {
+                Ok(chunk) => self.said += &String::from_utf8_lossy(&chunk),
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => bail!("{}: its console is still open", self.name),
+            }
         }
         let lines = self.said.split_inclusive('\n').rev();
         let mut found = lines.filter_map(|line| line.strip_suffix('\n')?.strip_prefix(begin));
-        found.next().map(|rest| rest.trim().to_owned())
+        let rest = found
+            .next()
+            .with_context(|| format!("no line \"{begin}\""))?;
+        Ok(rest.trim().to_owned())
     }
 
     /// The copy-on-write file of a Debian guest, which goes when `self` does.

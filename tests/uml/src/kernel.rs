@@ -336,15 +336,20 @@ fn nonsense(_: &mut ()) -> Result<String> {
 
 /// Waits until the host pays for no more than the guest uses, and a little.
 pub fn wait_reported(guest: &Guest) -> Result<i64> {
+    wait_excess(guest, EXCESS)
+}
+
+/// Waits until it pays for at most so many KiB more, or, below zero, for so many less.
+pub fn wait_excess(guest: &Guest, most: i64) -> Result<i64> {
     let end = Instant::now() + REPORTED;
     loop {
         let excess = guest.excess()?;
-        if excess <= EXCESS {
+        if excess <= most {
             return Ok(excess);
         }
         ensure!(
             Instant::now() < end,
-            "{}: the host still pays {excess} KiB more than the guest uses",
+            "{}: the host still pays {excess} KiB more than the guest uses, wanted {most}",
             guest.name
         );
         thread::sleep(Duration::from_millis(500));

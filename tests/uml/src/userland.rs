@@ -71,8 +71,7 @@ fn works(state: &mut State, backing: Backing, arguments: &[&str]) -> Result<Stri
         &format!("stress {seconds}"),
         "check",
     ] {
-        guest.begin("work", words)?;
-        cycles += plug_while_it_works(&mut guest, words)?;
+        cycles += plug_while_it_works(&mut guest, "work", words, false)?;
     }
     let (most, unmerged) = large_process(&mut guest)?;
     state.mappings.push((backing, most, unmerged));
@@ -87,20 +86,30 @@ fn works(state: &mut State, backing: Backing, arguments: &[&str]) -> Result<Stri
     ))
 }
 
-/// Takes a quarter of the memory and gives it back until the work is done; how often.
-fn plug_while_it_works(guest: &mut Guest, words: &str) -> Result<usize> {
+/// Takes a quarter of the memory and gives it back until the work is done; how often. Where memory is
+/// short, there may be less to take.
+pub fn plug_while_it_works(
+    guest: &mut Guest,
+    program: &str,
+    words: &str,
+    short: bool,
+) -> Result<usize> {
     let console = guest.mconsole()?;
     let quarter = guest.size() / 4;
     let mut cycles = 0;
+    guest.begin(program, words)?;
     loop {
         let (all, taken) = console.plug(-quarter)?;
-        ensure!(all, "{words}: {taken:?}");
-        let (all, given) = console.plug(quarter)?;
-        ensure!(all && given.unplugged == 0, "{words}: {given:?}");
+        ensure!(all || short, "{words}: {taken:?}");
+        // What there is not cannot be given back.
+        if taken.unplugged > 0 {
+            let (all, given) = console.plug(taken.unplugged)?;
+            ensure!(all && given.unplugged == 0, "{words}: {given:?}");
+        }
         cycles += 1;
         // Something of the processor is for the work.
         thread::sleep(Duration::from_secs(1));
-        if guest.is_done("work", words)? {
+        if guest.is_done(program, words)? {
             return Ok(cycles);
         }
     }

@@ -25,8 +25,8 @@ const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/tmp:
 const GROUP: &str = "root:x:0:\nuser:x:1000:\n";
 
 /// Kernel modules for what runs in the VM to load. Swap needs a device, and zram is one; the others
-/// are for disks.
-const MODULES: [&str; 3] = ["zram", "virtio_blk", "ext4"];
+/// are for disks, and for files that are used as such.
+const MODULES: [&str; 4] = ["zram", "virtio_blk", "loop", "ext4"];
 
 /// An archive being written.
 pub struct Archive {
