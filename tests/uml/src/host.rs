@@ -200,10 +200,14 @@ pub fn busiest_child(pid: i32) -> Result<i32> {
     };
     let mut before = Vec::new();
     for child in children(pid)? {
-        before.push((child, time(child)?));
+        // Unless it has just ended.
+        if let Ok(time) = time(child) {
+            before.push((child, time));
+        }
     }
     thread::sleep(Duration::from_secs(1));
-    let spent = |&(child, before): &(i32, u64)| time(child).map_or(0, |now| now - before);
+    let spent =
+        |&(child, before): &(i32, u64)| time(child).map_or(0, |now| now.saturating_sub(before));
     let busiest = before.iter().max_by_key(|&child| spent(child));
     Ok(busiest.context("no child")?.0)
 }

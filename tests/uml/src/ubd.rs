@@ -433,8 +433,9 @@ fn read_only(state: &mut State) -> Result<String> {
     }
     // The first can be written to, and is right when it comes from the disk again.
     guest.say(
-        "mount -t ext4 /dev/ubdb /mnt && cp -r /mnt/mm /mnt/copy && umount /mnt && mount -t ext4 /dev/ubdb /mnt && \
-         diff -r /mnt/mm /mnt/copy && umount /mnt; echo; echo copied with $?",
+        "mount -t ext4 /dev/ubdb /mnt && cp -r /mnt/crates/core_arch /mnt/copy && umount /mnt && \
+         mount -t ext4 /dev/ubdb /mnt && diff -r /mnt/crates/core_arch /mnt/copy && umount /mnt; \
+         set -- $?; echo; echo copied with $1",
     )?;
     ensure!(guest.expect("copied with ")? == "0", "the copy differs");
     guest.power_off()?;
