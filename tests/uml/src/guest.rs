@@ -61,6 +61,14 @@ pub enum Userland {
     Small,
     /// Debian with systemd, on a copy-on-write disk.
     Debian,
+    /// That disk, and no more than a shell: tools/uml-guest/single.
+    Single,
+}
+
+impl Userland {
+    fn has_disk(self) -> bool {
+        self != Self::Small
+    }
 }
 
 /// A guest to be.
@@ -108,6 +116,11 @@ impl Setup {
 
     pub fn debian(mut self) -> Self {
         self.userland = Userland::Debian;
+        self
+    }
+
+    pub fn single(mut self) -> Self {
+        self.userland = Userland::Single;
         self
     }
 
@@ -170,6 +183,12 @@ impl Setup {
             .arg(format!("umid={}", self.name))
             .arg(format!("uml_dir={}", home.display()))
             .args(["quiet", "loglevel=4", "con=null"]);
+        if self.userland.has_disk() {
+            command
+                .arg(format!("ubd0=/var/{}.cow,{IMAGE}", self.name))
+                .args(["root=/dev/ubda", "rw"])
+                .args(["console=ttyS0", "ssl=null", "ssl0=fd:0,fd:1"]);
+        }
         match self.userland {
             Userland::Small => {
                 command
@@ -180,11 +199,10 @@ impl Setup {
                     })
             }
             Userland::Debian => command
-                .arg(format!("ubd0=/var/{}.cow,{IMAGE}", self.name))
-                .args(["root=/dev/ubda", "rw", "systemd.show_status=0"])
+                .arg("systemd.show_status=0")
                 // Where the host is slow, the console is as well: no login prompt without it.
-                .arg("systemd.default_device_timeout_sec=900")
-                .args(["console=ttyS0", "ssl=null", "ssl0=fd:0,fd:1"]),
+                .arg("systemd.default_device_timeout_sec=900"),
+            Userland::Single => command.arg("init=/usr/local/bin/single"),
         };
         command
             .args(&self.arguments)
@@ -198,7 +216,7 @@ impl Setup {
             // SAFETY: what there is to prepare is only system calls on the child itself.
             unsafe { command.pre_exec(prepare) };
         }
-        if self.userland == Userland::Debian {
+        if self.userland.has_disk() {
             // Not in /tmp, which is small.
             fs::create_dir_all("/var")?;
             host::chmod("/var", 0o777)?;
@@ -345,7 +363,7 @@ impl Guest {
     /// Waits for the guest's user space: of Debian's, for a login prompt.
     pub fn wait_up(&mut self) -> Result<()> {
         match self.userland {
-            Userland::Small => {
+            Userland::Small | Userland::Single => {
                 self.expect("guest: up")?;
             }
             Userland::Debian => {
@@ -361,9 +379,11 @@ impl Guest {
         Ok(())
     }
 
-    /// Logs in to Debian, to a shell that says nothing of its own.
+    /// Logs in to Debian if need be, to a shell that says nothing of its own.
     pub fn log_in(&mut self) -> Result<()> {
-        self.say("root")?;
+        if self.userland == Userland::Debian {
+            self.say("root")?;
+        }
         self.expect_text("# ")?;
         self.say("stty -echo; PS1= exec sh")?;
         self.say("echo; echo ready")?;
@@ -554,6 +574,7 @@ impl Guest {
             Userland::Small => "poweroff",
             // Debian without D-Bus: as init would be told by a power switch.
             Userland::Debian => "systemctl poweroff --force",
+            Userland::Single => "exit",
         })?;
         self.expect("reboot: Power down")?;
         self.wait(POWERED_OFF)

@@ -79,6 +79,7 @@ const TESTS: &[Test<State>] = &[
     ),
     ("a flush in the guest is one on the host", flush),
     ("SIGKILL loses nothing that was flushed", killed),
+    ("after all that, the image is as it was", unchanged),
 ];
 
 pub fn run(long: bool) -> bool {
@@ -173,6 +174,7 @@ impl Counters {
 /// What is on the disk of a guest that has ended: the image, and over it what its COW file has. As a
 /// file of its own, at most one at a time.
 fn merged(cow: &str) -> Result<String> {
+    const CHUNK: usize = 64 << 10;
     let cow = File::open(cow)?;
     let image = File::open(IMAGE)?;
     let mut header = [0; 32];
@@ -198,29 +200,26 @@ fn merged(cow: &str) -> Result<String> {
     let _ = fs::remove_file(&path);
     let merged = File::create_new(&path)?;
     merged.set_len(size)?;
-    let mut block = [0; 4096];
-    for (number, &changed) in bitmap.iter().enumerate() {
-        let at = number as u64 * 4096;
-        let length = (size - at).min(4096) as usize;
-        let block = &mut block[..length];
-        if changed != 0xff {
-            image.read_exact_at(block, at)?;
+    let mut chunk = [0; CHUNK];
+    for (number, changed) in bitmap.chunks(CHUNK / 512 / 8).enumerate() {
+        let at = (number * CHUNK) as u64;
+        let chunk = &mut chunk[..(size - at).min(CHUNK as u64) as usize];
+        image.read_exact_at(chunk, at)?;
+        for (number, sector) in chunk.chunks_mut(512).enumerate() {
+            if (changed[number / 8] >> (number % 8)) & 1 != 0 {
+                cow.read_exact_at(sector, data_at + at + number as u64 * 512)?;
+            }
         }
-        for bit in (0..8).filter(|bit| (changed >> bit) & 1 != 0) {
-            let start = bit * 512;
-            cow.read_exact_at(&mut block[start..start + 512], data_at + at + start as u64)?;
-        }
-        if block.iter().any(|&byte| byte != 0) {
-            merged.write_all_at(block, at)?;
+        if chunk.iter().any(|&byte| byte != 0) {
+            merged.write_all_at(chunk, at)?;
         }
     }
     Ok(path)
 }
 
-/// After a guest: the image is as it was, and so is every file of the filesystem on it, as far as
-/// e2fsck can tell. After a guest that was killed the journal has to be replayed first.
-fn untouched(state: &State, guest: &Guest, replay: bool) -> Result<()> {
-    ensure!(checksum(IMAGE)? == state.sum, "the image has changed");
+/// After a guest: the filesystem on its disk is clean. After a guest that was killed the journal has to
+/// be replayed first.
+fn clean(guest: &Guest, replay: bool) -> Result<()> {
     let disk = merged(&guest.cow())?;
     if replay {
         let (code, text) = output("e2fsck", &["-E", "journal_only", "-y", &disk])?;
@@ -231,9 +230,17 @@ fn untouched(state: &State, guest: &Guest, replay: bool) -> Result<()> {
     Ok(())
 }
 
-/// A login prompt, in a memory of 256 MiB.
+/// A shell, in a memory of 256 MiB.
 fn start(setup: Setup) -> Result<Guest> {
-    let mut guest = setup.debian().size(256).start()?;
+    shell(setup.single().size(256).start()?)
+}
+
+/// The same, with all else that Debian starts.
+fn start_debian(setup: Setup) -> Result<Guest> {
+    shell(setup.debian().size(256).start()?)
+}
+
+fn shell(mut guest: Guest) -> Result<Guest> {
     guest.wait_up()?;
     guest.log_in()?;
     Ok(guest)
@@ -252,8 +259,8 @@ fn shares(guest: &Guest) -> Result<Counters> {
     Ok(counters)
 }
 
-fn image(state: &mut State) -> Result<String> {
-    let mut guest = start(on(1, Backing::Anon).with(&["ubd=mmap", FASTER]))?;
+fn image(_: &mut State) -> Result<String> {
+    let mut guest = start_debian(on(1, Backing::Anon).with(&["ubd=mmap", FASTER]))?;
     guest.work("image")?;
     let counters = shares(&guest)?;
     ensure!(counters.get("pages")? > 10_000, "{}", counters.0);
@@ -261,7 +268,7 @@ fn image(state: &mut State) -> Result<String> {
     counters.none(&["refused_mappings"])?;
     counters.some(&["restored_freed", "refused_page"])?;
     guest.power_off()?;
-    untouched(state, &guest, false)?;
+    clean(&guest, false)?;
     counters.summary()
 }
 
@@ -284,13 +291,7 @@ fn effects(words: &str) -> &'static [&'static str] {
 }
 
 /// All words of tools/uml-guest/disk, while a quarter of the memory goes and comes.
-fn changes(
-    state: &State,
-    setup: Setup,
-    words: &'static [&'static str],
-    more: &[&str],
-) -> Result<String> {
-    let mut guest = start(setup)?;
+fn changes(mut guest: Guest, words: &'static [&'static str], more: &[&str]) -> Result<String> {
     let mut cycles = 0;
     let mut counters = Counters::of(&guest)?;
     for words in words {
@@ -303,7 +304,7 @@ fn changes(
     counters.good()?;
     counters.some(more)?;
     guest.power_off()?;
-    untouched(state, &guest, false)?;
+    clean(&guest, false)?;
     Ok(format!(
         "{}\na quarter taken and given back {cycles} times",
         counters.summary()?
@@ -312,7 +313,7 @@ fn changes(
 
 fn ptrace(state: &mut State) -> Result<String> {
     let setup = on(1, Backing::Anon).with(&["ubd=mmap"]);
-    changes(state, setup, words(state), &[])
+    changes(start_debian(setup)?, words(state), &[])
 }
 
 fn words(state: &State) -> &'static [&'static str] {
@@ -336,23 +337,24 @@ fn words(state: &State) -> &'static [&'static str] {
 
 fn two_processors(state: &mut State) -> Result<String> {
     let setup = on(1, Backing::Anon).with(&["ubd=mmap,verify", "seccomp=on", "ncpus=2"]);
-    changes(state, setup, words(state), &["compared"])
+    changes(start_debian(setup)?, words(state), &["compared"])
 }
 
 fn memfd(state: &mut State) -> Result<String> {
     let setup = on(1, Backing::Memfd).with(&["ubd=mmap", FASTER]);
-    changes(state, setup, &words(state)[..2], &[])
+    changes(start(setup)?, &words(state)[..2], &[])
 }
 
 fn together(state: &mut State) -> Result<String> {
-    let mut guests = Vec::new();
+    let mut started = Vec::new();
     for number in 1..=if state.long { 8 } else { 2 } {
         let setup = on(number, Backing::Anon).with(&["ubd=mmap", FASTER]);
-        let mut guest = setup.debian().size(128).start()?;
-        guest.wait_up()?;
-        guest.log_in()?;
-        guests.push(guest);
+        started.push(setup.debian().size(128).start()?);
     }
+    let mut guests = started
+        .into_iter()
+        .map(shell)
+        .collect::<Result<Vec<Guest>>>()?;
     for guest in &mut guests {
         guest.begin("work", "image")?;
     }
@@ -371,14 +373,14 @@ fn together(state: &mut State) -> Result<String> {
     }
     for guest in &mut guests {
         guest.power_off()?;
-        untouched(state, guest, false)?;
+        clean(guest, false)?;
     }
     Ok(text)
 }
 
 /// The same files on three filesystems. What squashfs unpacks cannot be mapped. On the host, two are on
 /// ext4, the others on tmpfs; the one with a COW file gets a successor while the guest runs.
-fn read_only(state: &mut State) -> Result<String> {
+fn read_only(_: &mut State) -> Result<String> {
     host::disk("/dev/vda", DISK)?;
     let replaced = format!("{DISK}/files.ext4");
     fs::copy(format!("{FILES}.ext4"), &replaced)?;
@@ -443,7 +445,7 @@ fn read_only(state: &mut State) -> Result<String> {
     for ((.., file), sum) in disks.iter().zip(&sums) {
         ensure!(&checksum(file)? == sum, "{file} has changed");
     }
-    untouched(state, &guest, false)?;
+    clean(&guest, false)?;
     Ok(text)
 }
 
@@ -460,7 +462,7 @@ fn noise(path: &str) -> Result<()> {
     host::chmod(path, 0o666)
 }
 
-fn refused(state: &mut State) -> Result<String> {
+fn refused(_: &mut State) -> Result<String> {
     let writable = format!("{ROOM}/writable");
     noise(&writable)?;
     let noexec = format!("{ROOM}/noexec");
@@ -499,7 +501,7 @@ fn refused(state: &mut State) -> Result<String> {
     counters.good()?;
     counters.none(&["refused_mappings"])?;
     guest.power_off()?;
-    untouched(state, &guest, false)?;
+    clean(&guest, false)?;
     drop(guest);
 
     // Its mappings do not merge, so there is no saying how many there will be.
@@ -512,15 +514,15 @@ fn refused(state: &mut State) -> Result<String> {
     let counters = Counters::of(&guest)?;
     counters.none(&["images", "mapped"])?;
     guest.power_off()?;
-    untouched(state, &guest, false)?;
+    clean(&guest, false)?;
     Ok(String::new())
 }
 
-fn few_mappings(state: &mut State) -> Result<String> {
+fn few_mappings(_: &mut State) -> Result<String> {
     const FEW: usize = 2400;
     let before = fs::read_to_string(MAX_MAPS)?;
     fs::write(MAX_MAPS, FEW.to_string())?;
-    let result = with_few_mappings(state, FEW, &before);
+    let result = with_few_mappings(FEW, &before);
     fs::write(MAX_MAPS, before)?;
     result
 }
@@ -529,8 +531,8 @@ fn few_mappings(state: &mut State) -> Result<String> {
 /// other one. Then many pages in the middle of pieces are changed: UML keeps to what it found when it
 /// started, but the processes that map such pages need more than they are allowed here, so that the
 /// limit is gone by then.
-fn with_few_mappings(state: &State, few: usize, before: &str) -> Result<String> {
-    let mut guest = start(on(1, Backing::Anon).with(&["ubd=mmap", FASTER]))?;
+fn with_few_mappings(few: usize, before: &str) -> Result<String> {
+    let mut guest = start_debian(on(1, Backing::Anon).with(&["ubd=mmap", FASTER]))?;
     guest.work("image")?;
     let mut most = write_and_count(&mut guest, "write 5")?;
     guest.say("disk pieces; echo ended with $?")?;
@@ -548,7 +550,7 @@ fn with_few_mappings(state: &State, few: usize, before: &str) -> Result<String> 
     ensure!(counters.get("mapped")? > 1000, "{}", counters.0);
     counters.good()?;
     guest.power_off()?;
-    untouched(state, &guest, false)?;
+    clean(&guest, false)?;
     Ok(format!("at most {most} mappings\n{}", counters.summary()?))
 }
 
@@ -565,7 +567,7 @@ fn write_and_count(guest: &mut Guest, words: &str) -> Result<usize> {
 
 /// Of one with two threads, so that one of them waits for the other. In ptrace mode the guest panics if
 /// there is something to map at that moment, as ever.
-fn lost_process(state: &mut State) -> Result<String> {
+fn lost_process(_: &mut State) -> Result<String> {
     let mut guest = start(on(1, Backing::Anon).with(&["ubd=mmap", "seccomp=on", "ncpus=2"]))?;
     guest.say("disk spin; echo ended with $?")?;
     guest.expect("disk: spinning")?;
@@ -574,11 +576,11 @@ fn lost_process(state: &mut State) -> Result<String> {
     ensure!(guest.expect("ended with ")? == "139", "it goes on");
     guest.work("compile")?;
     guest.power_off()?;
-    untouched(state, &guest, false)?;
+    clean(&guest, false)?;
     Ok(String::new())
 }
 
-fn truncated(state: &mut State) -> Result<String> {
+fn truncated(_: &mut State) -> Result<String> {
     let short = format!("{ROOM}/short");
     fs::copy(format!("{FILES}.ext4"), &short)?;
     host::chmod(&short, 0o666)?;
@@ -607,7 +609,7 @@ fn truncated(state: &mut State) -> Result<String> {
     counters.some(&["lost"])?;
     guest.work("compile")?;
     guest.power_off()?;
-    untouched(state, &guest, false)?;
+    clean(&guest, false)?;
     Ok(format!(
         "{} pages lost, {errors} errors",
         counters.get("lost")?
@@ -615,7 +617,7 @@ fn truncated(state: &mut State) -> Result<String> {
 }
 
 /// And without ubd=mmap there is nothing of it.
-fn partly(state: &mut State) -> Result<String> {
+fn partly(_: &mut State) -> Result<String> {
     let backing = format!("{ROOM}/backing");
     noise(&backing)?;
     let cow = "/var/partly.cow";
@@ -628,12 +630,12 @@ fn partly(state: &mut State) -> Result<String> {
     );
     guest.power_off()?;
     fs::remove_file(cow)?;
-    untouched(state, &guest, false)?;
+    clean(&guest, false)?;
     Ok(String::new())
 }
 
 /// Which files were flushed by fdatasync(2), by way of the host's tracing.
-fn flush(state: &mut State) -> Result<String> {
+fn flush(_: &mut State) -> Result<String> {
     mount("tracing", TRACING, "tracefs", MountFlags::empty(), None).context(TRACING)?;
     let mut guest = start(on(1, Backing::Anon).with(&["ubd=mmap", FASTER]))?;
     let switch = format!("{TRACING}/events/syscalls/sys_enter_fdatasync/enable");
@@ -660,7 +662,7 @@ fn flush(state: &mut State) -> Result<String> {
     }
     ensure!(flushes > 0, "none: {trace}");
     guest.power_off()?;
-    untouched(state, &guest, false)?;
+    clean(&guest, false)?;
     Ok(format!("{flushes} calls of fdatasync"))
 }
 
@@ -682,12 +684,17 @@ fn killed(state: &mut State) -> Result<String> {
         guest.kill(Signal::KILL)?;
         guest.wait(&[128 + 9])?;
         let count: usize = guest.last("disk: synced ")?.parse()?;
-        untouched(state, &guest, true)?;
+        clean(&guest, true)?;
         has_all(&format!("{ROOM}/merged"), count)?;
         eprintln!("killed {time} of {times} times: {count} flushed");
         flushed += count;
     }
     Ok(format!("{times} times; {flushed} were flushed"))
+}
+
+fn unchanged(state: &mut State) -> Result<String> {
+    ensure!(checksum(IMAGE)? == state.sum, "{IMAGE} has changed");
+    Ok(String::new())
 }
 
 /// On this disk are the image's files, and so many of `disk sync`.
