@@ -699,12 +699,12 @@ fn come_and_go(board: Map, user: usize) -> Result<()> {
 
 const STOP: u64 = u64::MAX;
 
-/// A thousand times, or as often as a minute allows, or as `seconds` do if that is longer.
+/// A thousand times, or as often as 20 seconds allow, or as `seconds` do if that is longer.
 pub fn load_and_unload_a_thousand_times(seconds: u64) -> Result<()> {
     need_module()?;
     const USERS: usize = 4;
     const TIMES: u64 = 1000;
-    let budget = Duration::from_secs(seconds.max(60));
+    let budget = Duration::from_secs(seconds.max(20));
     let patient = Duration::from_secs(60);
     let _quiet = no_unit_tests()?;
     let _reload = Reload;

@@ -52,7 +52,7 @@ struct Args {
     #[arg(long)]
     seed: Option<u64>,
     /// Seconds of the race test, of the opens at a pace (a minute at most), and of loading and
-    /// unloading (a minute at least)
+    /// unloading (20 seconds at least)
     #[arg(long, default_value_t = 10)]
     race: u64,
     /// Run this one test in this process (what the program calls itself with)

@@ -82,11 +82,14 @@ const TESTS: &[Test<()>] = &[
         nonsense,
     ),
     (
-        "ptrace: right files, and free memory goes back, on each backing",
+        "ptrace: right files, and free memory goes back, on /dev/anon and a memfd",
         ptrace,
     ),
-    ("seccomp: the same", seccomp),
-    ("seccomp with two processors: the same", two_processors),
+    ("seccomp: the same, on each backing", seccomp),
+    (
+        "seccomp with two processors: the same, on /dev/anon and without its files",
+        two_processors,
+    ),
     ("page_reporting=off: it stays", not_reported),
     (
         "poisoned pages: they stay, and are not taken for overwritten",
@@ -356,10 +359,10 @@ pub fn wait_excess(guest: &Guest, most: i64) -> Result<i64> {
     }
 }
 
-/// On each backing: right files, and after they are removed the host has their memory back.
-fn life(arguments: &[&str]) -> Result<String> {
+/// On each of these backings: right files, and after they are removed the host has their memory back.
+fn life(backings: &[Backing], arguments: &[&str]) -> Result<String> {
     let mut guests = Vec::new();
-    for (number, backing) in (1..).zip(BACKINGS) {
+    for (number, &backing) in (1..).zip(backings) {
         guests.push((backing, on(number, backing).with(arguments).start()?));
     }
     let mut text = String::new();
@@ -391,15 +394,18 @@ fn life(arguments: &[&str]) -> Result<String> {
 }
 
 fn ptrace(_: &mut ()) -> Result<String> {
-    life(&[])
+    life(&[Backing::Anon, Backing::Memfd], &[])
 }
 
 fn seccomp(_: &mut ()) -> Result<String> {
-    life(&["seccomp=on"])
+    life(&BACKINGS, &["seccomp=on"])
 }
 
 fn two_processors(_: &mut ()) -> Result<String> {
-    life(&["seccomp=on", "ncpus=2"])
+    life(
+        &[Backing::Anon, Backing::Device],
+        &["seccomp=on", "ncpus=2"],
+    )
 }
 
 /// What the host still pays beyond the guest's use, some seconds after the guest forgot its files.
