@@ -52,12 +52,15 @@ const TESTS: &[Test<State>] = &[
         "all files are right, and the guest's memory has no copy of them",
         image,
     ),
-    ("files are written to, mapped, removed: ptrace", ptrace),
     (
-        "the same, and all that is mapped is compared: seccomp, two processors",
+        "files are written to, seen by others, poked: ptrace",
+        ptrace,
+    ),
+    (
+        "they are removed as well, and all that is mapped is compared: seccomp, two processors",
         two_processors,
     ),
-    ("the same on a memfd", memfd),
+    ("files are written to, seen by others: a memfd", memfd),
     (
         "guests at once from one image that is larger than their memory",
         together,
@@ -69,7 +72,7 @@ const TESTS: &[Test<State>] = &[
     ),
     ("few mappings on the host: the rest is read", few_mappings),
     (
-        "the host kills one process of the guest: no other one ends",
+        "the host kills one process of the guest, traced or not: no other one ends",
         lost_process,
     ),
     ("an image that becomes shorter: errors, no more", truncated),
@@ -260,7 +263,7 @@ fn shares(guest: &Guest) -> Result<Counters> {
 }
 
 fn image(_: &mut State) -> Result<String> {
-    let mut guest = start_debian(on(1, Backing::Anon).with(&["ubd=mmap", FASTER]))?;
+    let mut guest = start(on(1, Backing::Anon).with(&["ubd=mmap", FASTER]))?;
     guest.work("image")?;
     let counters = shares(&guest)?;
     ensure!(counters.get("pages")? > 10_000, "{}", counters.0);
@@ -290,7 +293,7 @@ fn effects(words: &str) -> &'static [&'static str] {
     }
 }
 
-/// All words of tools/uml-guest/disk, while a quarter of the memory goes and comes.
+/// These words of tools/uml-guest/disk, while a quarter of the memory goes and comes.
 fn changes(mut guest: Guest, words: &'static [&'static str], more: &[&str]) -> Result<String> {
     let mut cycles = 0;
     let mut counters = Counters::of(&guest)?;
@@ -311,45 +314,60 @@ fn changes(mut guest: Guest, words: &'static [&'static str], more: &[&str]) -> R
     ))
 }
 
+/// In the short form, those for which it matters how processes map.
 fn ptrace(state: &mut State) -> Result<String> {
     let setup = on(1, Backing::Anon).with(&["ubd=mmap"]);
-    changes(start_debian(setup)?, words(state), &[])
-}
-
-fn words(state: &State) -> &'static [&'static str] {
     if state.long {
-        &[
-            "write 60",
-            "watch 30",
-            "direct 30",
-            "poke 30",
-            "exec 60",
-            "press 60",
-            "write 60",
-            "node",
-        ]
+        changes(start_debian(setup)?, LONG, &[])
     } else {
-        &[
-            "write 10", "watch 5", "direct 5", "poke 3", "exec 3", "press 3", "node",
-        ]
+        changes(start(setup)?, &["write 10", "watch 5", "poke 3"], &[])
     }
 }
 
+const LONG: &[&str] = &[
+    "write 60",
+    "watch 30",
+    "direct 30",
+    "poke 30",
+    "exec 60",
+    "press 60",
+    "write 60",
+    "node 1000000",
+];
+
 fn two_processors(state: &mut State) -> Result<String> {
     let setup = on(1, Backing::Anon).with(&["ubd=mmap,verify", "seccomp=on", "ncpus=2"]);
-    changes(start_debian(setup)?, words(state), &["compared"])
+    let words = if state.long {
+        LONG
+    } else {
+        &[
+            "write 10",
+            "watch 5",
+            "direct 5",
+            "poke 3",
+            "exec 3",
+            "press 3",
+            "node 1000",
+        ]
+    };
+    changes(start_debian(setup)?, words, &["compared"])
 }
 
-fn memfd(state: &mut State) -> Result<String> {
+fn memfd(_: &mut State) -> Result<String> {
     let setup = on(1, Backing::Memfd).with(&["ubd=mmap", FASTER]);
-    changes(start(setup)?, &words(state)[..2], &[])
+    changes(start(setup)?, &["write 10", "watch 5"], &[])
 }
 
 fn together(state: &mut State) -> Result<String> {
     let mut started = Vec::new();
     for number in 1..=if state.long { 8 } else { 2 } {
         let setup = on(number, Backing::Anon).with(&["ubd=mmap", FASTER]);
-        started.push(setup.debian().size(128).start()?);
+        let setup = if state.long {
+            setup.debian()
+        } else {
+            setup.single()
+        };
+        started.push(setup.size(128).start()?);
     }
     let mut guests = started
         .into_iter()
@@ -532,7 +550,7 @@ fn few_mappings(_: &mut State) -> Result<String> {
 /// started, but the processes that map such pages need more than they are allowed here, so that the
 /// limit is gone by then.
 fn with_few_mappings(few: usize, before: &str) -> Result<String> {
-    let mut guest = start_debian(on(1, Backing::Anon).with(&["ubd=mmap", FASTER]))?;
+    let mut guest = start(on(1, Backing::Anon).with(&["ubd=mmap", FASTER]))?;
     guest.work("image")?;
     let mut most = write_and_count(&mut guest, "write 5")?;
     guest.say("disk pieces; echo ended with $?")?;
@@ -565,19 +583,32 @@ fn write_and_count(guest: &mut Guest, words: &str) -> Result<usize> {
     Ok(most)
 }
 
-/// Of one with two threads, so that one of them waits for the other. In ptrace mode the guest panics if
-/// there is something to map at that moment, as ever.
+/// Of one with two threads, so that one of them waits for the other; and, traced, of one that is asleep and
+/// has something to map when it wakes up.
 fn lost_process(_: &mut State) -> Result<String> {
     let mut guest = start(on(1, Backing::Anon).with(&["ubd=mmap", "seccomp=on", "ncpus=2"]))?;
     guest.say("disk spin; echo ended with $?")?;
     guest.expect("disk: spinning")?;
-    let process = Pid::from_raw(host::busiest_child(guest.pid())?).context("no process")?;
-    kill_process(process, Signal::KILL)?;
+    let busiest = host::busiest_child(guest.pid())?;
+    lose(&mut guest, busiest)?;
+
+    let mut guest = start(on(1, Backing::Anon).with(&["ubd=mmap"]))?;
+    guest.say("disk line; echo ended with $?")?;
+    guest.expect("disk: waiting")?;
+    thread::sleep(Duration::from_secs(3));
+    // The one that was started last.
+    let last = host::children(guest.pid())?.into_iter().max();
+    lose(&mut guest, last.context("no process")?)?;
+    Ok(String::new())
+}
+
+fn lose(guest: &mut Guest, process: i32) -> Result<()> {
+    kill_process(Pid::from_raw(process).context("no process")?, Signal::KILL)?;
+    guest.say("")?;
     ensure!(guest.expect("ended with ")? == "139", "it goes on");
     guest.work("compile")?;
     guest.power_off()?;
-    clean(&guest, false)?;
-    Ok(String::new())
+    clean(guest, false)
 }
 
 fn truncated(_: &mut State) -> Result<String> {
