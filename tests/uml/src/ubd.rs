@@ -359,20 +359,22 @@ fn memfd(_: &mut State) -> Result<String> {
 }
 
 fn together(state: &mut State) -> Result<String> {
-    let mut started = Vec::new();
-    for number in 1..=if state.long { 8 } else { 2 } {
+    let start = |number| {
         let setup = on(number, Backing::Anon).with(&["ubd=mmap", FASTER]);
         let setup = if state.long {
             setup.debian()
         } else {
             setup.single()
         };
-        started.push(setup.size(128).start()?);
+        setup.size(128).start()
+    };
+    let mut guests = Vec::new();
+    // Two at once.
+    for number in (1..if state.long { 8 } else { 2 }).step_by(2) {
+        for guest in [start(number)?, start(number + 1)?] {
+            guests.push(shell(guest)?);
+        }
     }
-    let mut guests = started
-        .into_iter()
-        .map(shell)
-        .collect::<Result<Vec<Guest>>>()?;
     for guest in &mut guests {
         guest.begin("work", "image")?;
     }
