@@ -238,9 +238,13 @@ fn start(setup: Setup) -> Result<Guest> {
     shell(setup.single().size(256).start()?)
 }
 
-/// The same, with all else that Debian starts.
-fn start_debian(setup: Setup) -> Result<Guest> {
-    shell(setup.debian().size(256).start()?)
+/// In the long form beside all that Debian starts, which takes most of the time of a short test.
+fn in_debian(state: &State, setup: Setup) -> Setup {
+    if state.long {
+        setup.debian()
+    } else {
+        setup.single()
+    }
 }
 
 fn shell(mut guest: Guest) -> Result<Guest> {
@@ -294,7 +298,8 @@ fn effects(words: &str) -> &'static [&'static str] {
 }
 
 /// These words of tools/uml-guest/disk, while a quarter of the memory goes and comes.
-fn changes(mut guest: Guest, words: &'static [&'static str], more: &[&str]) -> Result<String> {
+fn changes(setup: Setup, words: &'static [&'static str], more: &[&str]) -> Result<String> {
+    let mut guest = shell(setup.size(256).start()?)?;
     let mut cycles = 0;
     let mut counters = Counters::of(&guest)?;
     for words in words {
@@ -314,16 +319,6 @@ fn changes(mut guest: Guest, words: &'static [&'static str], more: &[&str]) -> R
     ))
 }
 
-/// In the short form, those for which it matters how processes map.
-fn ptrace(state: &mut State) -> Result<String> {
-    let setup = on(1, Backing::Anon).with(&["ubd=mmap"]);
-    if state.long {
-        changes(start_debian(setup)?, LONG, &[])
-    } else {
-        changes(start(setup)?, &["write 10", "watch 5", "poke 3"], &[])
-    }
-}
-
 const LONG: &[&str] = &[
     "write 60",
     "watch 30",
@@ -334,39 +329,39 @@ const LONG: &[&str] = &[
     "write 60",
     "node 1000000",
 ];
+const SHORT: &[&str] = &[
+    "write 10",
+    "watch 5",
+    "direct 5",
+    "poke 3",
+    "exec 3",
+    "press 3",
+    "node 1000",
+];
+/// Those for which it matters how processes map.
+const PROCESSES: &[&str] = &["write 10", "watch 5", "poke 3"];
+
+fn ptrace(state: &mut State) -> Result<String> {
+    let setup = on(1, Backing::Anon).with(&["ubd=mmap"]);
+    let words = if state.long { LONG } else { PROCESSES };
+    changes(in_debian(state, setup), words, &[])
+}
 
 fn two_processors(state: &mut State) -> Result<String> {
     let setup = on(1, Backing::Anon).with(&["ubd=mmap,verify", "seccomp=on", "ncpus=2"]);
-    let words = if state.long {
-        LONG
-    } else {
-        &[
-            "write 10",
-            "watch 5",
-            "direct 5",
-            "poke 3",
-            "exec 3",
-            "press 3",
-            "node 1000",
-        ]
-    };
-    changes(start_debian(setup)?, words, &["compared"])
+    let words = if state.long { LONG } else { SHORT };
+    changes(in_debian(state, setup), words, &["compared"])
 }
 
 fn memfd(_: &mut State) -> Result<String> {
     let setup = on(1, Backing::Memfd).with(&["ubd=mmap", FASTER]);
-    changes(start(setup)?, &["write 10", "watch 5"], &[])
+    changes(setup.single(), &["write 10", "watch 5"], &[])
 }
 
 fn together(state: &mut State) -> Result<String> {
     let start = |number| {
         let setup = on(number, Backing::Anon).with(&["ubd=mmap", FASTER]);
-        let setup = if state.long {
-            setup.debian()
-        } else {
-            setup.single()
-        };
-        setup.size(128).start()
+        in_debian(state, setup).size(128).start()
     };
     let mut guests = Vec::new();
     // Two at once.
