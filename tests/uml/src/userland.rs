@@ -140,7 +140,7 @@ fn large_process(guest: &mut Guest) -> Result<(usize, usize)> {
             most = (of_memory, host::unmerged(process)?);
         }
     }
-    guest.say("kill %1; wait")?;
+    guest.say("kill $!; wait")?;
     Ok(most)
 }
 
