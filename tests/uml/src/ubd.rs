@@ -349,13 +349,7 @@ const LONG: &[&str] = &[
     "node 1000000",
 ];
 const SHORT: &[&str] = &[
-    "write 10",
-    "watch 5",
-    "direct 5",
-    "poke 3",
-    "exec 3",
-    "press 3",
-    "node 1000",
+    "write 10", "watch 5", "direct 5", "poke 3", "exec 3", "press 3", "node 300",
 ];
 /// Those for which it matters how processes map.
 const PROCESSES: &[&str] = &["write 10", "watch 5", "poke 3"];
