@@ -565,7 +565,7 @@ fn lost_process(_: &mut State) -> Result<String> {
     guest.say("disk spin; echo ended with $?")?;
     guest.expect("disk: spinning")?;
     let busiest = host::busiest_child(guest.pid())?;
-    lose(&mut guest, busiest)?;
+    lose(&mut guest, busiest, "Unexpectedly lost MM child")?;
 
     let mut guest = start(on(1, Backing::Anon).with(&["ubd=mmap"]))?;
     guest.say("disk line; echo ended with $?")?;
@@ -573,14 +573,20 @@ fn lost_process(_: &mut State) -> Result<String> {
     thread::sleep(Duration::from_secs(3));
     // The one that was started last.
     let last = host::children(guest.pid())?.into_iter().max();
-    lose(&mut guest, last.context("no process")?)?;
+    lose(
+        &mut guest,
+        last.context("no process")?,
+        "cannot run the stub",
+    )?;
     Ok(String::new())
 }
 
-fn lose(guest: &mut Guest, process: i32) -> Result<()> {
+/// The guest's log tells that it was found out in the way that is meant.
+fn lose(guest: &mut Guest, process: i32, sentence: &str) -> Result<()> {
     kill_process(Pid::from_raw(process).context("no process")?, Signal::KILL)?;
     guest.say("")?;
     ensure!(guest.expect("ended with ")? == "139", "it goes on");
+    ensure!(!log(guest, sentence)?.is_empty(), "no word of it");
     guest.work("compile")?;
     guest.power_off()?;
     clean(guest, false)
