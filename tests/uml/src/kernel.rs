@@ -126,25 +126,31 @@ pub fn run() -> bool {
     prepare() && ktap::run(TESTS, &mut ())
 }
 
-/// Makes room for temporary files, and loads the module.
-pub fn prepare() -> bool {
-    let prepared = fs::create_dir_all(ROOM)
-        .map_err(Into::into)
-        .and_then(|()| {
-            mount(
-                "room",
-                ROOM,
-                "tmpfs",
-                MountFlags::empty(),
-                c"size=1g,mode=1777",
-            )
-            .context(ROOM)
-        })
-        .and_then(|()| host::load_module());
+fn good(prepared: Result<()>) -> bool {
     if let Err(error) = &prepared {
         eprintln!("devanon-uml: {error:#}");
     }
     prepared.is_ok()
+}
+
+/// Makes room for temporary files.
+pub fn make_room() -> bool {
+    let made = fs::create_dir_all(ROOM).map_err(Into::into).and_then(|()| {
+        mount(
+            "room",
+            ROOM,
+            "tmpfs",
+            MountFlags::empty(),
+            c"size=1g,mode=1777",
+        )
+        .context(ROOM)
+    });
+    good(made)
+}
+
+/// The same, and loads the module.
+pub fn prepare() -> bool {
+    make_room() && good(host::load_module())
 }
 
 /// A booted guest; it must have its memory there, and the log lines with "hysical memory" must be these.

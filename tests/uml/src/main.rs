@@ -36,6 +36,9 @@ struct Args {
     /// Of userland and ubd: more of everything, for hours rather than minutes
     #[arg(long)]
     long: bool,
+    /// Of userland and ubd: not in the VM but on a machine that has no /dev/anon and is left as it is
+    #[arg(long)]
+    here: bool,
     /// Of savings: a few guests each way, and no search for when the host swaps
     #[arg(long)]
     short: bool,
@@ -77,8 +80,13 @@ fn main() -> ExitCode {
     let good = match args.scenario {
         Scenario::Unmodified => unmodified::run(args.node_works),
         Scenario::Kernel => kernel::run(),
-        Scenario::Userland => userland::run(args.long),
-        Scenario::Ubd => ubd::run(args.long),
+        Scenario::Userland => userland::run(args.long, args.here),
+        Scenario::Ubd => ubd::run(match (args.here, args.long) {
+            (false, false) => ubd::Form::Short,
+            (false, true) => ubd::Form::Long,
+            (true, false) => ubd::Form::Here,
+            (true, true) => ubd::Form::HereLong,
+        }),
         Scenario::Demo => shown(demo::run()),
         Scenario::Life => shown(life::run()),
         Scenario::Count => shown(life::count()),

@@ -26,6 +26,7 @@ use crate::guest::Setup;
 use crate::host;
 use crate::host::Backing;
 use crate::kernel::ROOM;
+use crate::kernel::make_room;
 use crate::kernel::on;
 use crate::kernel::prepare;
 use crate::kernel::wait_excess;
@@ -41,47 +42,116 @@ const DISK: &str = "/var/disk";
 const FASTER: &str = "seccomp=on";
 const TRACING: &str = "/sys/kernel/tracing";
 
+/// How much, and where.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Form {
+    /// In the VM, on /dev/anon: what needs it, or a host of its own.
+    Short,
+    /// In the VM, all of it.
+    Long,
+    /// On the machine itself, where guests are many times as fast: on memfds, and nothing of the machine
+    /// is changed.
+    Here,
+    /// The same for longer.
+    HereLong,
+}
+
 struct State {
-    long: bool,
+    form: Form,
     /// Of the image, before any guest.
     sum: String,
 }
 
-const TESTS: &[Test<State>] = &[
+impl State {
+    fn is_here(&self) -> bool {
+        matches!(self.form, Form::Here | Form::HereLong)
+    }
+
+    /// What guests have their memory in.
+    fn backing(&self) -> Backing {
+        if self.is_here() {
+            Backing::Memfd
+        } else {
+            Backing::Anon
+        }
+    }
+}
+
+/// Where a test runs. The long form in the VM has all.
+#[derive(Clone, Copy, PartialEq)]
+enum Place {
+    Vm,
+    Here,
+    Both,
+}
+
+const TESTS: &[(Place, Test<State>)] = &[
     (
-        "guests at once from one image: all files are right, and their memory has no copies",
-        together,
+        Place::Both,
+        (
+            "guests at once from one image: all files are right, and their memory has no copies",
+            together,
+        ),
     ),
     (
-        "files are written to, seen by others, poked: ptrace",
-        ptrace,
+        Place::Both,
+        (
+            "files are written to, seen by others, poked: ptrace",
+            ptrace,
+        ),
     ),
     (
-        "they are removed as well, and all that is mapped is compared: seccomp, two processors",
-        two_processors,
+        Place::Both,
+        (
+            "they are removed as well, and all that is mapped is compared: seccomp, two processors",
+            two_processors,
+        ),
     ),
-    ("files are written to, seen by others: a memfd", memfd),
-    ("read-only ext4, EROFS and squashfs", read_only),
+    (Place::Vm, ("read-only ext4, EROFS and squashfs", read_only)),
     (
-        "what cannot be mapped is read, and the guest says why",
-        refused,
+        Place::Vm,
+        (
+            "what cannot be mapped is read, and the guest says why",
+            refused,
+        ),
     ),
-    ("few mappings on the host: the rest is read", few_mappings),
     (
-        "the host kills one process of the guest, traced or not: no other one ends",
-        lost_process,
+        Place::Vm,
+        ("few mappings on the host: the rest is read", few_mappings),
     ),
-    ("an image that becomes shorter: errors, no more", truncated),
     (
-        "without it nothing is mapped; pages that are changed in part are read right",
-        partly,
+        Place::Here,
+        (
+            "the host kills one process of the guest, traced or not: no other one ends",
+            lost_process,
+        ),
     ),
-    ("a flush in the guest is one on the host", flush),
-    ("SIGKILL loses nothing that was flushed", killed),
-    ("after all that, the image is as it was", unchanged),
+    (
+        Place::Here,
+        ("an image that becomes shorter: errors, no more", truncated),
+    ),
+    (
+        Place::Here,
+        (
+            "without it nothing is mapped; pages that are changed in part are read right",
+            partly,
+        ),
+    ),
+    (
+        Place::Vm,
+        ("a flush in the guest is one on the host", flush),
+    ),
+    (
+        Place::Here,
+        ("SIGKILL loses nothing that was flushed", killed),
+    ),
+    (
+        Place::Both,
+        ("after all that, the image is as it was", unchanged),
+    ),
 ];
 
-pub fn run(long: bool) -> bool {
+pub fn run(form: Form) -> bool {
     let sum = match checksum(IMAGE) {
         Ok(sum) => sum,
         Err(error) => {
@@ -89,7 +159,23 @@ pub fn run(long: bool) -> bool {
             return false;
         }
     };
-    prepare() && ktap::run(TESTS, &mut State { long, sum })
+    let mut state = State { form, sum };
+    let prepared = if state.is_here() {
+        make_room()
+    } else {
+        prepare()
+    };
+    let other = match form {
+        Form::Short => Some(Place::Here),
+        Form::Long => None,
+        Form::Here | Form::HereLong => Some(Place::Vm),
+    };
+    let tests: Vec<_> = TESTS
+        .iter()
+        .filter(|(place, _)| Some(*place) != other)
+        .map(|&(_, test)| test)
+        .collect();
+    prepared && ktap::run(&tests, &mut state)
 }
 
 fn output(program: &str, arguments: &[&str]) -> Result<(i32, String)> {
@@ -234,12 +320,12 @@ fn start(setup: Setup) -> Result<Guest> {
     shell(setup.single().size(256).start()?)
 }
 
-/// In the long form beside all that Debian starts, which takes most of the time of a short test.
+/// Beside all that Debian starts, which takes most of the time of a short test in the VM.
 fn in_debian(state: &State, setup: Setup) -> Setup {
-    if state.long {
-        setup.debian()
-    } else {
+    if state.form == Form::Short {
         setup.single()
+    } else {
+        setup.debian()
     }
 }
 
@@ -265,13 +351,14 @@ fn shares(guest: &Guest) -> Result<Counters> {
 /// The image is larger than any one's memory, and all but the first do not even have room for its files.
 fn together(state: &mut State) -> Result<String> {
     let start = |number| {
-        let setup = on(number, Backing::Anon).with(&["ubd=mmap", FASTER]);
+        let setup = on(number, state.backing()).with(&["ubd=mmap", FASTER]);
         let size = if number == 1 { 256 } else { 128 };
         in_debian(state, setup).size(size).start()
     };
     let mut guests = Vec::new();
     // Two at once.
-    for number in (1..if state.long { 8 } else { 2 }).step_by(2) {
+    let last = if state.form == Form::Short { 2 } else { 8 };
+    for number in (1..last).step_by(2) {
         for guest in [start(number)?, start(number + 1)?] {
             guests.push(shell(guest)?);
         }
@@ -338,37 +425,52 @@ fn changes(setup: Setup, words: &'static [&'static str], more: &[&str]) -> Resul
     ))
 }
 
-const LONG: &[&str] = &[
-    "write 60",
-    "watch 30",
-    "direct 30",
-    "poke 30",
-    "exec 60",
-    "press 60",
-    "write 60",
-    "node 1000000",
-];
-const SHORT: &[&str] = &[
-    "write 10", "watch 5", "direct 5", "poke 3", "exec 3", "press 3", "node 300",
-];
-/// Those for which it matters how processes map.
-const PROCESSES: &[&str] = &["write 10", "watch 5", "poke 3"];
+/// What [`changes`] does with every word there is.
+fn all_words(form: Form) -> &'static [&'static str] {
+    match form {
+        Form::Short => &[
+            "write 10", "watch 5", "direct 5", "exec 3", "press 3", "node 300",
+        ],
+        Form::Here => &[
+            "write 10",
+            "watch 5",
+            "direct 5",
+            "poke 5",
+            "exec 10",
+            "press 10",
+            "node 1000000",
+        ],
+        Form::Long | Form::HereLong => &[
+            "write 60",
+            "watch 30",
+            "direct 30",
+            "poke 30",
+            "exec 60",
+            "press 60",
+            "write 60",
+            "node 1000000",
+        ],
+    }
+}
 
 fn ptrace(state: &mut State) -> Result<String> {
-    let setup = on(1, Backing::Anon).with(&["ubd=mmap"]);
-    let words = if state.long { LONG } else { PROCESSES };
+    let setup = on(1, state.backing()).with(&["ubd=mmap"]);
+    let words = if state.form == Form::Short {
+        // For which it matters how processes map.
+        &["write 10", "watch 5", "poke 3"]
+    } else {
+        all_words(state.form)
+    };
     changes(in_debian(state, setup), words, &[])
 }
 
 fn two_processors(state: &mut State) -> Result<String> {
-    let setup = on(1, Backing::Anon).with(&["ubd=mmap,verify", "seccomp=on", "ncpus=2"]);
-    let words = if state.long { LONG } else { SHORT };
-    changes(in_debian(state, setup), words, &["compared"])
-}
-
-fn memfd(_: &mut State) -> Result<String> {
-    let setup = on(1, Backing::Memfd).with(&["ubd=mmap", FASTER]);
-    changes(setup.single(), &["write 10", "watch 5"], &[])
+    let setup = on(1, state.backing()).with(&["ubd=mmap,verify", "seccomp=on", "ncpus=2"]);
+    changes(
+        in_debian(state, setup),
+        all_words(state.form),
+        &["compared"],
+    )
 }
 
 /// The same files on three filesystems. What squashfs unpacks cannot be mapped. On the host, two are on
@@ -560,14 +662,14 @@ fn write_and_count(guest: &mut Guest, words: &str) -> Result<usize> {
 
 /// Of one with two threads, so that one of them waits for the other; and, traced, of one that is asleep and
 /// has something to map when it wakes up.
-fn lost_process(_: &mut State) -> Result<String> {
-    let mut guest = start(on(1, Backing::Anon).with(&["ubd=mmap", "seccomp=on", "ncpus=2"]))?;
+fn lost_process(state: &mut State) -> Result<String> {
+    let mut guest = start(on(1, state.backing()).with(&["ubd=mmap", "seccomp=on", "ncpus=2"]))?;
     guest.say("disk spin; echo ended with $?")?;
     guest.expect("disk: spinning")?;
     let busiest = host::busiest_child(guest.pid())?;
     lose(&mut guest, busiest, "Unexpectedly lost MM child")?;
 
-    let mut guest = start(on(1, Backing::Anon).with(&["ubd=mmap"]))?;
+    let mut guest = start(on(1, state.backing()).with(&["ubd=mmap"]))?;
     guest.say("disk line; echo ended with $?")?;
     guest.expect("disk: waiting")?;
     thread::sleep(Duration::from_secs(3));
@@ -592,12 +694,12 @@ fn lose(guest: &mut Guest, process: i32, sentence: &str) -> Result<()> {
     clean(guest, false)
 }
 
-fn truncated(_: &mut State) -> Result<String> {
+fn truncated(state: &mut State) -> Result<String> {
     let short = format!("{ROOM}/short");
     fs::copy(format!("{FILES}.ext4"), &short)?;
     host::chmod(&short, 0o666)?;
     let mut guest =
-        start(on(1, Backing::Anon).with(&["ubd=mmap", FASTER, &format!("ubd1r={short}")]))?;
+        start(on(1, state.backing()).with(&["ubd=mmap", FASTER, &format!("ubd1r={short}")]))?;
     guest.work("read b ext4")?;
     guest.say(
         "mount -o ro /dev/ubdb /mnt; find /mnt -type f -exec cat {} + >/dev/null; echo; echo whole",
@@ -629,12 +731,13 @@ fn truncated(_: &mut State) -> Result<String> {
 }
 
 /// And without ubd=mmap there is nothing of it.
-fn partly(_: &mut State) -> Result<String> {
+fn partly(state: &mut State) -> Result<String> {
     let backing = format!("{ROOM}/backing");
     noise(&backing)?;
     let cow = "/var/partly.cow";
     let _ = fs::remove_file(cow);
-    let mut guest = start(on(1, Backing::Anon).with(&[FASTER, &format!("ubd1={cow},{backing}")]))?;
+    let mut guest =
+        start(on(1, state.backing()).with(&[FASTER, &format!("ubd1={cow},{backing}")]))?;
     guest.run("disk", "partly")?;
     ensure!(
         guest.mconsole()?.proc("ubd_mmap").is_err(),
@@ -681,11 +784,15 @@ fn flush(_: &mut State) -> Result<String> {
 /// What the guest said it had flushed is on the disk, all files of the image are as they were, and the
 /// filesystem is clean, after its journal was replayed. The guest has only one process.
 fn killed(state: &mut State) -> Result<String> {
-    let times = if state.long { 100 } else { 3 };
+    let times = match state.form {
+        Form::Short | Form::Long => 10,
+        Form::Here => 20,
+        Form::HereLong => 100,
+    };
     let mut flushed = 0;
     for time in 1..=times {
         let arguments = ["ubd=mmap", FASTER, "init=/usr/local/bin/disk", "--", "sync"];
-        let setup = on(1, Backing::Anon).with(&arguments);
+        let setup = on(1, state.backing()).with(&arguments);
         let mut guest = setup.debian().size(256).start()?;
         guest.expect("disk: synced ")?;
         let mut random = [0; 2];
@@ -711,17 +818,13 @@ fn unchanged(state: &mut State) -> Result<String> {
 
 /// On this disk are the image's files, and so many of `disk sync`.
 fn has_all(disk: &str, count: usize) -> Result<()> {
-    const MERGED: &str = "/mnt/merged";
-    host::modprobe(&["loop", "ext4"])?;
-    fs::create_dir_all(MERGED)?;
-    let (code, text) = output(
-        "mount",
-        &["-t", "ext4", "-o", "loop,ro,noload", disk, MERGED],
-    )?;
-    ensure!(code == 0, "mount: {text}");
-    let result = check_all(MERGED, count);
-    let (code, text) = output("umount", &[MERGED])?;
-    ensure!(code == 0, "umount: {text}");
+    let files = format!("{ROOM}/files");
+    fs::create_dir(&files)?;
+    let dump = format!("rdump / {files}");
+    let (code, text) = output("debugfs", &["-R", &dump, disk])?;
+    ensure!(code == 0, "debugfs: {text}");
+    let result = check_all(&files, count);
+    fs::remove_dir_all(&files)?;
     result
 }
 
