@@ -428,9 +428,7 @@ fn changes(setup: Setup, words: &'static [&'static str], more: &[&str]) -> Resul
 /// What [`changes`] does with every word there is.
 fn all_words(form: Form) -> &'static [&'static str] {
     match form {
-        Form::Short => &[
-            "write 10", "watch 5", "direct 5", "exec 3", "press 3", "node 300",
-        ],
+        Form::Short => &["write 10", "watch 5", "exec 3", "press 3"],
         Form::Here => &[
             "write 10",
             "watch 5",
