@@ -100,13 +100,14 @@ fn main() {
         std::process::exit(2);
     }
 
-    // PID 1 must not end, so a panic here is only one more way to come to the power switch.
+    // PID 1 must not end, so a panic here is only one more way to come to the machine's end.
     if panic::catch_unwind(run).is_err() {
         eprintln!("devanon-init: panicked");
     }
     rustix::fs::sync();
-    if let Err(error) = reboot(RebootCommand::PowerOff) {
-        eprintln!("devanon-init: cannot power off: {error}");
+    // Without ACPI there is no power switch. QEMU's -no-reboot makes it one.
+    if let Err(error) = reboot(RebootCommand::Restart) {
+        eprintln!("devanon-init: cannot end: {error}");
     }
     loop {
         thread::park();

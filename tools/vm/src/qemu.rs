@@ -37,7 +37,8 @@ const MACHINE: &str = "q35,i8042=off,hpet=off,smm=off,usb=off,sata=off";
 ///
 /// panic=-1 makes a panic end QEMU at once, and an oops is a panic. Warnings must reach the console,
 /// so `quiet` will not do. The rest saves time in an emulated machine: it has no mitigations to make
-/// and no use for security modules, and its clock is QEMU's.
+/// and no use for security modules, and its clock is QEMU's. A triple fault is the way to reset that
+/// every kernel has.
 ///
 /// nohz=off and highres=off keep a periodic tick on every processor, idle or not; QEMU's APIC winds
 /// it up again by itself. Otherwise each expiry is programmed once, and idle processors leave their
@@ -45,7 +46,7 @@ const MACHINE: &str = "q35,i8042=off,hpet=off,smm=off,usb=off,sata=off";
 /// thread slept 20 s past its timer, on an idle processor, and that was reported as a stall. Now
 /// the next tick makes up for it, and a stall that is reported is one.
 const PARAMETERS: &str = "console=ttyS0 panic=-1 oops=panic loglevel=7 mitigations=off \
-    random.trust_cpu=on tsc=reliable no_timer_check audit=0 apparmor=0 cryptomgr.notests \
+    reboot=triple random.trust_cpu=on tsc=reliable no_timer_check audit=0 apparmor=0 cryptomgr.notests \
     nohz=off highres=off";
 
 /// The kernel takes no more (COMMAND_LINE_SIZE less some for its own CONFIG_CMDLINE, and
@@ -119,7 +120,8 @@ impl Machine {
                     .into_iter()
                     .flatten(),
             )
-            .args(["-smp", &self.cpus.to_string()])
+            // Without ACPI a kernel goes by the BIOS's table, which has one processor of each socket.
+            .args(["-smp", &format!("{0},sockets={0}", self.cpus)])
             .args(["-m", &format!("{}M", self.memory)])
             .arg("-kernel")
             .arg(&self.image)
