@@ -33,7 +33,7 @@ struct Args {
     /// The kernel has patches/host: a node opened before its driver was there works
     #[arg(long)]
     node_works: bool,
-    /// Of userland and ubd: more of everything, for hours rather than minutes
+    /// Of userland and ubd: more of everything
     #[arg(long)]
     long: bool,
     /// Of userland and ubd: not in the VM but on a machine that has no /dev/anon and is left as it is
@@ -81,12 +81,7 @@ fn main() -> ExitCode {
         Scenario::Unmodified => unmodified::run(args.node_works),
         Scenario::Kernel => kernel::run(),
         Scenario::Userland => userland::run(args.long, args.here),
-        Scenario::Ubd => ubd::run(match (args.here, args.long) {
-            (false, false) => ubd::Form::Short,
-            (false, true) => ubd::Form::Long,
-            (true, false) => ubd::Form::Here,
-            (true, true) => ubd::Form::HereLong,
-        }),
+        Scenario::Ubd => ubd::run(args.long, args.here),
         Scenario::Demo => shown(demo::run()),
         Scenario::Life => shown(life::run()),
         Scenario::Count => shown(life::count()),

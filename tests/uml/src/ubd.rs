@@ -42,34 +42,20 @@ const DISK: &str = "/var/disk";
 const FASTER: &str = "seccomp=on";
 const TRACING: &str = "/sys/kernel/tracing";
 
-/// How much, and where.
-#[derive(Clone, Copy, PartialEq)]
-pub enum Form {
-    /// In the VM, on /dev/anon: what needs it, or a host of its own.
-    Short,
-    /// In the VM, all of it.
-    Long,
+struct State {
+    /// Here everything for longer; in the VM all tests there are.
+    long: bool,
     /// On the machine itself, where guests are many times as fast: on memfds, and nothing of the machine
     /// is changed.
-    Here,
-    /// The same for longer.
-    HereLong,
-}
-
-struct State {
-    form: Form,
+    here: bool,
     /// Of the image, before any guest.
     sum: String,
 }
 
 impl State {
-    fn is_here(&self) -> bool {
-        matches!(self.form, Form::Here | Form::HereLong)
-    }
-
     /// What guests have their memory in.
     fn backing(&self) -> Backing {
-        if self.is_here() {
+        if self.here {
             Backing::Memfd
         } else {
             Backing::Anon
@@ -77,7 +63,7 @@ impl State {
     }
 }
 
-/// Where a test runs. The long form in the VM has all.
+/// Where a test runs. In the VM the long form has all.
 #[derive(Clone, Copy, PartialEq)]
 enum Place {
     Vm,
@@ -151,7 +137,7 @@ const TESTS: &[(Place, Test<State>)] = &[
     ),
 ];
 
-pub fn run(form: Form) -> bool {
+pub fn run(long: bool, here: bool) -> bool {
     let sum = match checksum(IMAGE) {
         Ok(sum) => sum,
         Err(error) => {
@@ -159,23 +145,18 @@ pub fn run(form: Form) -> bool {
             return false;
         }
     };
-    let mut state = State { form, sum };
-    let prepared = if state.is_here() {
-        make_room()
-    } else {
-        prepare()
-    };
-    let other = match form {
-        Form::Short => Some(Place::Here),
-        Form::Long => None,
-        Form::Here | Form::HereLong => Some(Place::Vm),
+    let elsewhere = match (here, long) {
+        (true, _) => Some(Place::Vm),
+        (false, false) => Some(Place::Here),
+        (false, true) => None,
     };
     let tests: Vec<_> = TESTS
         .iter()
-        .filter(|(place, _)| Some(*place) != other)
+        .filter(|(place, _)| Some(*place) != elsewhere)
         .map(|&(_, test)| test)
         .collect();
-    prepared && ktap::run(&tests, &mut state)
+    let prepared = if here { make_room() } else { prepare() };
+    prepared && ktap::run(&tests, &mut State { long, here, sum })
 }
 
 fn output(program: &str, arguments: &[&str]) -> Result<(i32, String)> {
@@ -320,12 +301,12 @@ fn start(setup: Setup) -> Result<Guest> {
     shell(setup.single().size(256).start()?)
 }
 
-/// Beside all that Debian starts, which takes most of the time of a short test in the VM.
+/// In the VM without all that Debian starts, which takes most of the time of a test there.
 fn in_debian(state: &State, setup: Setup) -> Setup {
-    if state.form == Form::Short {
-        setup.single()
-    } else {
+    if state.here {
         setup.debian()
+    } else {
+        setup.single()
     }
 }
 
@@ -357,7 +338,7 @@ fn together(state: &mut State) -> Result<String> {
     };
     let mut guests = Vec::new();
     // Two at once.
-    let last = if state.form == Form::Short { 2 } else { 8 };
+    let last = if state.here { 8 } else { 2 };
     for number in (1..last).step_by(2) {
         for guest in [start(number)?, start(number + 1)?] {
             guests.push(shell(guest)?);
@@ -425,50 +406,45 @@ fn changes(setup: Setup, words: &'static [&'static str], more: &[&str]) -> Resul
     ))
 }
 
-/// What [`changes`] does with every word there is.
-fn all_words(form: Form) -> &'static [&'static str] {
-    match form {
-        Form::Short => &["write 10", "watch 5", "exec 3", "press 3"],
-        Form::Here => &[
-            "write 10",
-            "watch 5",
-            "direct 5",
-            "poke 5",
-            "exec 10",
-            "press 10",
-            "node 1000000",
-        ],
-        Form::Long | Form::HereLong => &[
-            "write 60",
-            "watch 30",
-            "direct 30",
-            "poke 30",
-            "exec 60",
-            "press 60",
-            "write 60",
-            "node 1000000",
-        ],
+const LONG: &[&str] = &[
+    "write 60",
+    "watch 30",
+    "direct 30",
+    "poke 30",
+    "exec 60",
+    "press 60",
+    "write 60",
+    "node 1000000",
+];
+const ALL: &[&str] = &[
+    "write 10",
+    "watch 5",
+    "direct 5",
+    "poke 5",
+    "exec 10",
+    "press 10",
+    "node 1000000",
+];
+const SHORT: &[&str] = &["write 10", "watch 5", "exec 3", "press 3"];
+/// Those for which it matters how processes map.
+const PROCESSES: &[&str] = &["write 10", "watch 5", "poke 3"];
+
+fn words(state: &State, short: &'static [&'static str]) -> &'static [&'static str] {
+    match (state.long, state.here) {
+        (true, true) => LONG,
+        (false, false) => short,
+        _ => ALL,
     }
 }
 
 fn ptrace(state: &mut State) -> Result<String> {
     let setup = on(1, state.backing()).with(&["ubd=mmap"]);
-    let words = if state.form == Form::Short {
-        // For which it matters how processes map.
-        &["write 10", "watch 5", "poke 3"]
-    } else {
-        all_words(state.form)
-    };
-    changes(in_debian(state, setup), words, &[])
+    changes(in_debian(state, setup), words(state, PROCESSES), &[])
 }
 
 fn two_processors(state: &mut State) -> Result<String> {
     let setup = on(1, state.backing()).with(&["ubd=mmap,verify", "seccomp=on", "ncpus=2"]);
-    changes(
-        in_debian(state, setup),
-        all_words(state.form),
-        &["compared"],
-    )
+    changes(in_debian(state, setup), words(state, SHORT), &["compared"])
 }
 
 /// The same files on three filesystems. What squashfs unpacks cannot be mapped. On the host, two are on
@@ -782,10 +758,10 @@ fn flush(_: &mut State) -> Result<String> {
 /// What the guest said it had flushed is on the disk, all files of the image are as they were, and the
 /// filesystem is clean, after its journal was replayed. The guest has only one process.
 fn killed(state: &mut State) -> Result<String> {
-    let times = match state.form {
-        Form::Short | Form::Long => 10,
-        Form::Here => 20,
-        Form::HereLong => 100,
+    let times = match (state.here, state.long) {
+        (true, true) => 100,
+        (true, false) => 20,
+        (false, _) => 3,
     };
     let mut flushed = 0;
     for time in 1..=times {
