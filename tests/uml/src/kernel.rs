@@ -38,6 +38,7 @@ use crate::host::Backing;
 use crate::host::DEVICE;
 use crate::host::Memory;
 use crate::ktap;
+use crate::ktap::Place;
 use crate::ktap::Test;
 use crate::sandbox;
 
@@ -49,81 +50,158 @@ const EXCESS: i64 = 8 << 10;
 /// Free pages are reported after two seconds; a list of many takes up to sixteen turns.
 const REPORTED: Duration = Duration::from_secs(60);
 
-const TESTS: &[Test<()>] = &[
-    ("no /dev/anon: a memfd", no_device),
-    ("/dev/anon may not be opened: a memfd", no_permission),
-    ("something else under the name: a memfd", other_file),
-    ("/dev/anon: a file of its own", own_file),
+struct State {
+    /// On the machine itself, and so on what every host has.
+    here: bool,
+}
+
+impl State {
+    fn backings(&self) -> &'static [Backing] {
+        if self.here {
+            &[Backing::Memfd, Backing::File]
+        } else {
+            &[Backing::Anon, Backing::Device]
+        }
+    }
+}
+
+const TESTS: &[(Place, Test<State>)] = &[
+    (Place::Vm, ("no /dev/anon: a memfd", no_device)),
     (
-        "/dev mounted noexec: a file of /dev/anon all the same",
-        noexec,
-    ),
-    ("no ioctl in the sandbox: the device itself", no_ioctl),
-    (
-        "no ioctl, and /dev mounted noexec: a memfd",
-        no_ioctl_noexec,
-    ),
-    (
-        "no ioctl, no memfd, /dev mounted noexec: a temporary file",
-        nothing,
-    ),
-    ("files may not be large: the device itself", small_files),
-    ("physmem= is obeyed", chosen),
-    (
-        "physmem=anon without /dev/anon: no boot, and the reason",
-        refused,
+        Place::Vm,
+        ("/dev/anon may not be opened: a memfd", no_permission),
     ),
     (
-        "a temporary file where noexec is mounted: no boot, and the reason",
-        noexec_file,
+        Place::Vm,
+        ("something else under the name: a memfd", other_file),
+    ),
+    (Place::Vm, ("/dev/anon: a file of its own", own_file)),
+    (
+        Place::Vm,
+        (
+            "/dev mounted noexec: a file of /dev/anon all the same",
+            noexec,
+        ),
     ),
     (
-        "options that make no sense: no boot, and the reason",
-        nonsense,
+        Place::Vm,
+        ("no ioctl in the sandbox: the device itself", no_ioctl),
     ),
     (
-        "ptrace: right files, and free memory goes back, on /dev/anon and a memfd",
-        ptrace,
-    ),
-    ("seccomp: the same, on each backing", seccomp),
-    (
-        "seccomp with two processors: the same, on /dev/anon and without its files",
-        two_processors,
-    ),
-    ("page_reporting=off: it stays", not_reported),
-    (
-        "poisoned pages: they stay, and are not taken for overwritten",
-        poisoned,
-    ),
-    ("page_reporting=9: small blocks stay", large_blocks),
-    (
-        "half of the memory is taken and given back while the guest works, ten times",
-        hot_plug,
-    ),
-    ("hot-plug: what cannot be done is refused", hot_plug_refused),
-    (
-        "a guest lives with all of its memory taken that there is",
-        squeezed,
+        Place::Vm,
+        (
+            "no ioctl, and /dev mounted noexec: a memfd",
+            no_ioctl_noexec,
+        ),
     ),
     (
-        "hot-plug with two processors, on each backing",
-        hot_plug_others,
+        Place::Vm,
+        (
+            "no ioctl, no memfd, /dev mounted noexec: a temporary file",
+            nothing,
+        ),
     ),
     (
-        "a process of a guest is killed: the guest goes on",
-        process_killed,
+        Place::Vm,
+        ("files may not be large: the device itself", small_files),
     ),
-    ("SIGKILL leaves nothing behind", killed),
-    ("sixteen guests, with 16 MiB of /dev/shm", sixteen),
+    (Place::Vm, ("physmem= is obeyed", chosen)),
     (
-        "a terminal as console: its helper holds no memory, and passes on its size",
-        terminal,
+        Place::Vm,
+        (
+            "physmem=anon without /dev/anon: no boot, and the reason",
+            refused,
+        ),
     ),
-    ("the module unloads", unload),
+    (
+        Place::Vm,
+        (
+            "a temporary file where noexec is mounted: no boot, and the reason",
+            noexec_file,
+        ),
+    ),
+    (
+        Place::Here,
+        (
+            "options that make no sense: no boot, and the reason",
+            nonsense,
+        ),
+    ),
+    (
+        Place::Both,
+        ("ptrace: right files, and free memory goes back", ptrace),
+    ),
+    (Place::Both, ("seccomp: the same, on two backings", seccomp)),
+    (
+        Place::Both,
+        ("seccomp with two processors: the same", two_processors),
+    ),
+    (Place::Here, ("page_reporting=off: it stays", not_reported)),
+    (
+        Place::Here,
+        (
+            "poisoned pages: they stay, and are not taken for overwritten",
+            poisoned,
+        ),
+    ),
+    (
+        Place::Here,
+        ("page_reporting=9: small blocks stay", large_blocks),
+    ),
+    (
+        Place::Both,
+        (
+            "half of the memory is taken and given back while the guest works",
+            hot_plug,
+        ),
+    ),
+    (
+        Place::Here,
+        ("hot-plug: what cannot be done is refused", hot_plug_refused),
+    ),
+    (
+        Place::Here,
+        (
+            "a guest lives with all of its memory taken that there is",
+            squeezed,
+        ),
+    ),
+    (
+        Place::Both,
+        (
+            "hot-plug with two processors, on two backings",
+            hot_plug_others,
+        ),
+    ),
+    (
+        Place::Here,
+        (
+            "a process of a guest is killed: the guest goes on",
+            process_killed,
+        ),
+    ),
+    (Place::Vm, ("SIGKILL leaves nothing behind", killed)),
+    (
+        Place::Vm,
+        ("sixteen guests, with 16 MiB of /dev/shm", sixteen),
+    ),
+    (
+        Place::Here,
+        (
+            "a terminal as console: its helper holds no memory, and passes on its size",
+            terminal,
+        ),
+    ),
+    (Place::Vm, ("the module unloads", unload)),
 ];
 
-pub fn run() -> bool {
-    prepare() && ktap::run(TESTS, &mut ())
+pub fn run(here: bool) -> bool {
+    let (prepared, elsewhere) = if here {
+        (make_room(), Place::Vm)
+    } else {
+        (prepare(), Place::Here)
+    };
+    prepared && ktap::run(&ktap::choose(TESTS, Some(elsewhere)), &mut State { here })
 }
 
 fn good(prepared: Result<()>) -> bool {
@@ -188,7 +266,7 @@ const ON_DEVICE: &str = "Physical memory is in /dev/anon, the device itself";
 const ON_MEMFD: &str = "Physical memory is in a memfd";
 const NOT_PERMITTED: &str = "Physical memory cannot be in /dev/anon: Operation not permitted";
 
-fn no_device(_: &mut ()) -> Result<String> {
+fn no_device(_: &mut State) -> Result<String> {
     host::remove_node()?;
     let lines = [
         "Physical memory cannot be in /dev/anon: No such file or directory",
@@ -199,7 +277,7 @@ fn no_device(_: &mut ()) -> Result<String> {
     result
 }
 
-fn no_permission(_: &mut ()) -> Result<String> {
+fn no_permission(_: &mut State) -> Result<String> {
     host::chmod(DEVICE, 0o600)?;
     let lines = [
         "Physical memory cannot be in /dev/anon: Permission denied",
@@ -210,7 +288,7 @@ fn no_permission(_: &mut ()) -> Result<String> {
     result
 }
 
-fn other_file(_: &mut ()) -> Result<String> {
+fn other_file(_: &mut State) -> Result<String> {
     host::remove_node()?;
     fs::write(DEVICE, "")?;
     host::chmod(DEVICE, 0o666)?;
@@ -224,15 +302,15 @@ fn other_file(_: &mut ()) -> Result<String> {
     result
 }
 
-fn own_file(_: &mut ()) -> Result<String> {
+fn own_file(_: &mut State) -> Result<String> {
     chooses(Setup::ours(1), Backing::Anon, &[ON_FILE])
 }
 
-fn noexec(_: &mut ()) -> Result<String> {
+fn noexec(_: &mut State) -> Result<String> {
     with_noexec(|| chooses(Setup::ours(1), Backing::Anon, &[ON_FILE]))
 }
 
-fn no_ioctl(_: &mut ()) -> Result<String> {
+fn no_ioctl(_: &mut State) -> Result<String> {
     let setup = Setup::ours(1).prepare(sandbox::no_ioctl);
     let mut guest = boots(setup, Backing::Device, &[ON_DEVICE])?;
     guest.say("unpack")?;
@@ -241,14 +319,14 @@ fn no_ioctl(_: &mut ()) -> Result<String> {
     Ok(String::new())
 }
 
-fn no_ioctl_noexec(_: &mut ()) -> Result<String> {
+fn no_ioctl_noexec(_: &mut State) -> Result<String> {
     with_noexec(|| {
         let setup = Setup::ours(1).prepare(sandbox::no_ioctl);
         chooses(setup, Backing::Memfd, &[NOT_PERMITTED, ON_MEMFD])
     })
 }
 
-fn nothing(_: &mut ()) -> Result<String> {
+fn nothing(_: &mut State) -> Result<String> {
     with_noexec(|| {
         let setup = Setup::ours(1)
             .prepare(sandbox::no_memfd)
@@ -262,12 +340,12 @@ fn nothing(_: &mut ()) -> Result<String> {
     })
 }
 
-fn small_files(_: &mut ()) -> Result<String> {
+fn small_files(_: &mut State) -> Result<String> {
     let setup = Setup::ours(1).prepare(sandbox::small_files);
     chooses(setup, Backing::Device, &[ON_DEVICE])
 }
 
-fn chosen(_: &mut ()) -> Result<String> {
+fn chosen(_: &mut State) -> Result<String> {
     for (backing, line) in [
         (Backing::Anon, ON_FILE),
         (Backing::Memfd, ON_MEMFD),
@@ -293,13 +371,6 @@ pub fn on(number: usize, backing: Backing) -> Setup {
     }
 }
 
-const BACKINGS: [Backing; 4] = [
-    Backing::Anon,
-    Backing::Device,
-    Backing::Memfd,
-    Backing::File,
-];
-
 /// It must not boot, and say this, in one line.
 fn fails(setup: Setup, sentence: &str) -> Result<String> {
     let (status, stderr) = setup.fails()?;
@@ -311,7 +382,7 @@ fn fails(setup: Setup, sentence: &str) -> Result<String> {
     Ok(said.concat())
 }
 
-fn refused(_: &mut ()) -> Result<String> {
+fn refused(_: &mut State) -> Result<String> {
     host::remove_node()?;
     let result = fails(
         Setup::ours(1).with(&["physmem=anon"]),
@@ -321,14 +392,14 @@ fn refused(_: &mut ()) -> Result<String> {
     result
 }
 
-fn noexec_file(_: &mut ()) -> Result<String> {
+fn noexec_file(_: &mut State) -> Result<String> {
     mount_remount(ROOM, MountFlags::NOEXEC, "size=1g,mode=1777")?;
     let result = fails(on(1, Backing::File), "/room must be not mounted noexec");
     mount_remount(ROOM, MountFlags::empty(), "size=1g,mode=1777")?;
     result
 }
 
-fn nonsense(_: &mut ()) -> Result<String> {
+fn nonsense(_: &mut State) -> Result<String> {
     let mut text = String::new();
     for (word, sentence) in [
         ("physmem=disk", "'disk', expected anon/memfd/file"),
@@ -399,19 +470,16 @@ fn life(backings: &[Backing], arguments: &[&str]) -> Result<String> {
     Ok(text)
 }
 
-fn ptrace(_: &mut ()) -> Result<String> {
-    life(&[Backing::Anon, Backing::Memfd], &[])
+fn ptrace(state: &mut State) -> Result<String> {
+    life(&state.backings()[..1], &[])
 }
 
-fn seccomp(_: &mut ()) -> Result<String> {
-    life(&BACKINGS, &["seccomp=on"])
+fn seccomp(state: &mut State) -> Result<String> {
+    life(state.backings(), &["seccomp=on"])
 }
 
-fn two_processors(_: &mut ()) -> Result<String> {
-    life(
-        &[Backing::Anon, Backing::Device],
-        &["seccomp=on", "ncpus=2"],
-    )
+fn two_processors(state: &mut State) -> Result<String> {
+    life(&state.backings()[..1], &["seccomp=on", "ncpus=2"])
 }
 
 /// What the host still pays beyond the guest's use, some seconds after the guest forgot its files.
@@ -428,7 +496,7 @@ fn unreported(arguments: &[&str]) -> Result<i64> {
     Ok(excess)
 }
 
-fn not_reported(_: &mut ()) -> Result<String> {
+fn not_reported(_: &mut State) -> Result<String> {
     let excess = unreported(&["page_reporting=off"])?;
     ensure!(
         excess > EXCESS + (4 << 10),
@@ -437,7 +505,7 @@ fn not_reported(_: &mut ()) -> Result<String> {
     Ok(format!("{excess} KiB more than in use"))
 }
 
-fn poisoned(_: &mut ()) -> Result<String> {
+fn poisoned(_: &mut State) -> Result<String> {
     let mut guest = Setup::ours(1).with(&["page_poison=1"]).start()?;
     guest.wait_up()?;
     let log = guest.log("ree.memory.stays")?;
@@ -455,7 +523,7 @@ fn poisoned(_: &mut ()) -> Result<String> {
     Ok(String::new())
 }
 
-fn large_blocks(_: &mut ()) -> Result<String> {
+fn large_blocks(_: &mut State) -> Result<String> {
     let all = unreported(&["page_reporting=0"])?;
     let large = unreported(&["page_reporting=9"])?;
     ensure!(
@@ -512,18 +580,18 @@ fn plug_cycles(guest: &mut Guest, cycles: usize) -> Result<String> {
     Ok(format!("{half} KiB, {cycles} times; MemTotal {before} KiB"))
 }
 
-fn hot_plug(_: &mut ()) -> Result<String> {
+fn hot_plug(state: &mut State) -> Result<String> {
     let mut guest = Setup::ours(1).size(256).start()?;
     guest.wait_up()?;
     guest.say("unpack")?;
     guest.wait_workload()?;
-    let text = plug_cycles(&mut guest, 10)?;
+    let text = plug_cycles(&mut guest, if state.here { 10 } else { 4 })?;
     guest.power_off()?;
     Ok(text)
 }
 
-fn hot_plug_others(_: &mut ()) -> Result<String> {
-    for backing in BACKINGS {
+fn hot_plug_others(state: &mut State) -> Result<String> {
+    for &backing in state.backings() {
         let setup = on(1, backing).size(256).with(&["seccomp=on", "ncpus=2"]);
         let mut guest = setup.start()?;
         guest.wait_up()?;
@@ -535,7 +603,7 @@ fn hot_plug_others(_: &mut ()) -> Result<String> {
     Ok(String::new())
 }
 
-fn hot_plug_refused(_: &mut ()) -> Result<String> {
+fn hot_plug_refused(_: &mut State) -> Result<String> {
     let mut guest = Setup::ours(1).start()?;
     guest.wait_up()?;
     let console = guest.mconsole()?;
@@ -585,7 +653,7 @@ fn hot_plug_refused(_: &mut ()) -> Result<String> {
     Ok(text)
 }
 
-fn squeezed(_: &mut ()) -> Result<String> {
+fn squeezed(_: &mut State) -> Result<String> {
     let mut guest = Setup::ours(1).start()?;
     guest.wait_up()?;
     guest.say("unpack")?;
@@ -618,7 +686,7 @@ fn squeezed(_: &mut ()) -> Result<String> {
     ))
 }
 
-fn process_killed(_: &mut ()) -> Result<String> {
+fn process_killed(_: &mut State) -> Result<String> {
     for arguments in [&[][..], &["seccomp=on"]] {
         let mut guest = Setup::ours(1).with(arguments).start()?;
         guest.wait_up()?;
@@ -654,7 +722,7 @@ fn nothing_left() -> Result<String> {
     }
 }
 
-fn killed(_: &mut ()) -> Result<String> {
+fn killed(_: &mut State) -> Result<String> {
     let mut text = String::new();
     for (backing, arguments) in [
         (Backing::Anon, &[][..]),
@@ -679,7 +747,7 @@ fn killed(_: &mut ()) -> Result<String> {
     Ok(text)
 }
 
-fn sixteen(_: &mut ()) -> Result<String> {
+fn sixteen(_: &mut State) -> Result<String> {
     const GUESTS: usize = 16;
     mount_remount("/dev/shm", MountFlags::empty(), "size=16m,mode=1777")?;
     let before = Memory::now()?;
@@ -713,7 +781,7 @@ fn sixteen(_: &mut ()) -> Result<String> {
     Ok(format!("{total} KiB in all"))
 }
 
-fn terminal(_: &mut ()) -> Result<String> {
+fn terminal(_: &mut State) -> Result<String> {
     let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY)?;
     grantpt(&ours)?;
     unlockpt(&ours)?;
@@ -773,7 +841,7 @@ fn terminal(_: &mut ()) -> Result<String> {
     nothing_left()
 }
 
-fn unload(_: &mut ()) -> Result<String> {
+fn unload(_: &mut State) -> Result<String> {
     if !host::is_module()? {
         return Ok(format!("{}the driver is built in", ktap::SKIP));
     }

@@ -11,6 +11,24 @@ pub const SKIP: &str = "SKIP ";
 
 pub type Test<S> = (&'static str, fn(&mut S) -> Result<String>);
 
+/// Where a test runs: in the VM, which has /dev/anon and can be changed at will, or on the machine itself,
+/// where guests are many times as fast.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Place {
+    Vm,
+    Here,
+    Both,
+}
+
+/// All but those that run elsewhere.
+pub fn choose<S>(tests: &[(Place, Test<S>)], elsewhere: Option<Place>) -> Vec<Test<S>> {
+    tests
+        .iter()
+        .filter(|(place, _)| Some(*place) != elsewhere)
+        .map(|&(_, test)| test)
+        .collect()
+}
+
 /// Runs all; whether all passed.
 pub fn run<S>(tests: &[Test<S>], state: &mut S) -> bool {
     println!("KTAP version 1\n1..{}", tests.len());

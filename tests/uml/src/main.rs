@@ -36,7 +36,7 @@ struct Args {
     /// Of userland and ubd: more of everything
     #[arg(long)]
     long: bool,
-    /// Of userland and ubd: not in the VM but on a machine that has no /dev/anon and is left as it is
+    /// Of kernel, userland and ubd: not in the VM but on a machine that has no /dev/anon and is left as it is
     #[arg(long)]
     here: bool,
     /// Of savings: a few guests each way, and no search for when the host swaps
@@ -79,7 +79,7 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let good = match args.scenario {
         Scenario::Unmodified => unmodified::run(args.node_works),
-        Scenario::Kernel => kernel::run(),
+        Scenario::Kernel => kernel::run(args.here),
         Scenario::Userland => userland::run(args.long, args.here),
         Scenario::Ubd => ubd::run(args.long, args.here),
         Scenario::Demo => shown(demo::run()),

@@ -31,6 +31,7 @@ use crate::kernel::on;
 use crate::kernel::prepare;
 use crate::kernel::wait_excess;
 use crate::ktap;
+use crate::ktap::Place;
 use crate::ktap::Test;
 use crate::userland::plug_while_it_works;
 
@@ -61,14 +62,6 @@ impl State {
             Backing::Anon
         }
     }
-}
-
-/// Where a test runs. In the VM the long form has all.
-#[derive(Clone, Copy, PartialEq)]
-enum Place {
-    Vm,
-    Here,
-    Both,
 }
 
 const TESTS: &[(Place, Test<State>)] = &[
@@ -145,16 +138,13 @@ pub fn run(long: bool, here: bool) -> bool {
             return false;
         }
     };
+    // In the VM the long form has all.
     let elsewhere = match (here, long) {
         (true, _) => Some(Place::Vm),
         (false, false) => Some(Place::Here),
         (false, true) => None,
     };
-    let tests: Vec<_> = TESTS
-        .iter()
-        .filter(|(place, _)| Some(*place) != elsewhere)
-        .map(|&(_, test)| test)
-        .collect();
+    let tests = ktap::choose(TESTS, elsewhere);
     let prepared = if here { make_room() } else { prepare() };
     prepared && ktap::run(&tests, &mut State { long, here, sum })
 }
@@ -336,13 +326,10 @@ fn together(state: &mut State) -> Result<String> {
         let size = if number == 1 { 256 } else { 128 };
         in_debian(state, setup).size(size).start()
     };
+    let started: Result<Vec<_>> = (1..=if state.here { 8 } else { 2 }).map(start).collect();
     let mut guests = Vec::new();
-    // Two at once.
-    let last = if state.here { 8 } else { 2 };
-    for number in (1..last).step_by(2) {
-        for guest in [start(number)?, start(number + 1)?] {
-            guests.push(shell(guest)?);
-        }
+    for guest in started? {
+        guests.push(shell(guest)?);
     }
     for guest in &mut guests {
         guest.begin("work", "image")?;
