@@ -6,7 +6,9 @@ use std::fs;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::path::PathBuf;
+use std::thread;
 use std::time::Duration;
+use std::time::Instant;
 
 use anyhow::Context;
 use anyhow::Result;
@@ -51,8 +53,22 @@ impl Console {
         Ok(Self { socket, path })
     }
 
-    /// Asks, and gives the answer: of a request that went well, or of one that did not.
+    /// Asks, and gives the answer: of a request that went well, or of one that did not. A guest at the edge
+    /// of its memory may have none for the request itself; it is asked again.
     pub fn ask(&self, command: &str) -> Result<Result<String, String>> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let answer = self.ask_once(command)?;
+            let refused = matches!(&answer, Err(text) if text == "Out of memory");
+            if !refused || Instant::now() > end {
+                return Ok(answer);
+            }
+            eprintln!("\"{command}\": out of memory");
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn ask_once(&self, command: &str) -> Result<Result<String, String>> {
         ensure!(command.len() < DATA, "too long a request");
         let mut request = Vec::new();
         for word in [MAGIC, VERSION, command.len() as u32] {
