@@ -326,7 +326,7 @@ fn together(state: &mut State) -> Result<String> {
         let size = if number == 1 { 256 } else { 128 };
         in_debian(state, setup).size(size).start()
     };
-    let started: Result<Vec<_>> = (1..=if state.here { 8 } else { 2 }).map(start).collect();
+    let started: Result<Vec<_>> = (1..=if state.here { 8 } else { 1 }).map(start).collect();
     let mut guests = Vec::new();
     for guest in started? {
         guests.push(shell(guest)?);
