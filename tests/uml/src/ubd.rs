@@ -412,9 +412,9 @@ const ALL: &[&str] = &[
     "press 10",
     "node 1000000",
 ];
-const SHORT: &[&str] = &["write 10", "watch 5", "exec 3", "press 3"];
+const SHORT: &[&str] = &["write 5", "watch 5", "exec 3", "press 3"];
 /// Those for which it matters how processes map.
-const PROCESSES: &[&str] = &["write 10", "watch 5", "poke 3"];
+const PROCESSES: &[&str] = &["write 5", "watch 5", "poke 3"];
 
 fn words(state: &State, short: &'static [&'static str]) -> &'static [&'static str] {
     match (state.long, state.here) {
