@@ -768,9 +768,12 @@ fn sixteen(_: &mut State) -> Result<String> {
     let mut total = 0;
     for guest in &mut guests {
         guest.wait_up()?;
+    }
+    // Four of them work.
+    for guest in &mut guests[..4] {
         guest.say("unpack")?;
     }
-    for guest in &mut guests {
+    for guest in &mut guests[..4] {
         guest.wait_workload()?;
     }
     for guest in &guests {
@@ -781,7 +784,7 @@ fn sixteen(_: &mut State) -> Result<String> {
         size == 16 << 10 && used < 1024,
         "/dev/shm: {used} of {size} KiB"
     );
-    ensure!(total > 16 * (30 << 10), "only {total} KiB in all");
+    ensure!(total > 8 * size, "only {total} KiB in all");
     for guest in &mut guests {
         guest.power_off()?;
     }
