@@ -42,7 +42,7 @@ const PROCESSOR: &str = "max,-erms,-fsrm";
 /// panic=-1 makes a panic end QEMU at once, and an oops is a panic. Warnings must reach the console,
 /// so `quiet` will not do. The rest saves time in an emulated machine: it has no mitigations to make
 /// and no use for security modules, and its clock is QEMU's. A triple fault is the way to reset that
-/// every kernel has.
+/// every kernel has, and 0x608 is where q35 has its PM timer, which a kernel without ACPI has to be told.
 ///
 /// nohz=off and highres=off keep a periodic tick on every processor, idle or not; QEMU's APIC winds
 /// it up again by itself. Otherwise each expiry is programmed once, and idle processors leave their
@@ -50,7 +50,7 @@ const PROCESSOR: &str = "max,-erms,-fsrm";
 /// thread slept 20 s past its timer, on an idle processor, and that was reported as a stall. Now
 /// the next tick makes up for it, and a stall that is reported is one.
 const PARAMETERS: &str = "console=ttyS0 panic=-1 oops=panic loglevel=7 mitigations=off \
-    reboot=triple random.trust_cpu=on tsc=reliable no_timer_check audit=0 apparmor=0 cryptomgr.notests \
+    reboot=triple pmtmr=0x608 random.trust_cpu=on tsc=reliable no_timer_check audit=0 apparmor=0 cryptomgr.notests \
     nohz=off highres=off";
 
 /// The kernel takes no more (COMMAND_LINE_SIZE less some for its own CONFIG_CMDLINE, and
