@@ -601,13 +601,22 @@ fn with_few_mappings(few: usize, before: &str) -> Result<String> {
     fs::write(MAX_MAPS, before)?;
     most = most.max(write_and_count(&mut guest, "split")?);
     ensure!(most < few * 3 / 4, "{most} mappings of {few}");
+    // UML knows of all but those of its own program and of vmalloc().
     let counters = Counters::of(&guest)?;
+    let (mappings, runs) = (host::mappings(guest.pid())?.0, counters.get("runs")?);
+    ensure!(
+        (mappings as i64) < runs + few as i64 / 8,
+        "{mappings} mappings, and UML counts {runs}"
+    );
     counters.some(&["refused_mappings", "promoted_neighbor"])?;
     ensure!(counters.get("mapped")? > 1000, "{}", counters.0);
     counters.good()?;
     guest.power_off()?;
     clean(&guest, false)?;
-    Ok(format!("at most {most} mappings\n{}", counters.summary()?))
+    Ok(format!(
+        "at most {most} mappings, in the end {mappings}; UML counts {runs}\n{}",
+        counters.summary()?
+    ))
 }
 
 /// The most mappings that UML had meanwhile.
