@@ -13,7 +13,7 @@ help:
 	@echo 'In a build environment of its own, made under build/ at first use (as root):'
 	@echo '  make run             UML guests on /dev/anon in a VM: a table of the host memory they cost'
 	@echo '  make test            every test, on stock Debian kernels, a patched and a debug one'
-	@echo '  make test-debug      those of them that concern the kernel with every detector'
+	@echo '  make test-debug      those of them that concern the kernel with every detector, for longer'
 	@echo '  make stress [SECONDS=N]   the race test alone, on the debug kernel; 600 s by default'
 	@echo '  make test-kcsan      the driver'"'"'s tests under the detector of data races'
 	@echo '  make stress-uml      a Debian userland on UML, on all that its memory can be in'
