@@ -200,8 +200,13 @@ impl Setup {
             }
             Userland::Debian => command
                 .arg("systemd.show_status=0")
-                // Where the host is slow, the console is as well: no login prompt without it.
-                .arg("systemd.default_device_timeout_sec=900"),
+                // Where the host is slow, so are the console, without which there is no login prompt, and
+                // services.
+                .args([
+                    "systemd.default_device_timeout_sec=900",
+                    "systemd.default_timeout_start_sec=900",
+                    "systemd.service_watchdogs=no",
+                ]),
             Userland::Single => command.arg("init=/usr/local/bin/single"),
         };
         command
