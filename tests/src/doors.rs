@@ -429,10 +429,10 @@ pub fn out_of_descriptors() -> Result<()> {
     Ok(())
 }
 
-/// 10,000 one-page maps side by side are as many VMAs as with a memfd: one.
+/// 1,000 one-page maps side by side are as many VMAs as with a memfd: one.
 /// Through the device only if the driver maps by `.mmap_prepare`.
 pub fn vmas_merge_as_with_memfd(merges: bool) -> Result<()> {
-    let pages = 10_000;
+    let pages = 1_000;
     let count = |file: &OwnedFd, down: bool| -> Result<usize> {
         let place = Map::reserve(pages)?;
         let before = vma_count()?;
