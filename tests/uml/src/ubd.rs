@@ -320,12 +320,12 @@ fn shares(guest: &Guest) -> Result<Counters> {
 }
 
 /// The image is larger than any one's memory, and all but the first do not even have room for its files. In
-/// the VM for one guest that checks some of them, which do not fit either.
+/// the VM for one guest that checks half of them, which do not fit either.
 fn together(state: &mut State) -> Result<String> {
     let (number, words, least) = if state.here {
         (8, "image", 32768)
     } else {
-        (1, "image 3", 16384)
+        (1, "image 2", 16384)
     };
     let start = |number| {
         let setup = on(number, state.backing()).with(&["ubd=mmap", FASTER]);
