@@ -588,7 +588,7 @@ fn few_mappings(_: &mut State) -> Result<String> {
     result
 }
 
-/// All files are read and some are changed. A process that needs more is killed, traced or not, and no
+/// Half of the files are read and some are changed. A process that needs more is killed, traced or not, and no
 /// other one. Then many pages in the middle of pieces are changed: UML keeps to what it found when it
 /// started, but the processes that map such pages need more than they are allowed here, so that the
 /// limit is gone by then.
