@@ -36,6 +36,9 @@ use std::{env, fs, thread};
 struct Args {
     /// Run these only, by name or by group (what is before the `::`); all by default
     tests: Vec<String>,
+    /// Leave this test or group out; may be repeated
+    #[arg(long, value_name = "TEST")]
+    skip: Vec<String>,
     /// Print the names of the tests and exit
     #[arg(long)]
     list: bool,
@@ -344,6 +347,7 @@ fn main() -> ExitCode {
     if let Some(unknown) = args
         .tests
         .iter()
+        .chain(&args.skip)
         .find(|word| !TESTS.iter().any(|(name, _)| means(word, name)))
     {
         eprintln!("no test {unknown}; --list shows them");
@@ -358,7 +362,8 @@ fn main() -> ExitCode {
     let chosen: Vec<_> = TESTS
         .iter()
         .filter(|(name, _)| {
-            args.tests.is_empty() || args.tests.iter().any(|word| means(word, name))
+            let named = |words: &[String]| words.iter().any(|word| means(word, name));
+            (args.tests.is_empty() || named(&args.tests)) && !named(&args.skip)
         })
         .collect();
     println!("1..{}", chosen.len());
