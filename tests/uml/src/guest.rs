@@ -96,11 +96,6 @@ impl Setup {
         Self::new(number, &[OURS])
     }
 
-    /// Debian's UML as it comes, by itself.
-    pub fn packaged(number: usize) -> Self {
-        Self::new(number, &[UML])
-    }
-
     fn new(number: usize, program: &[&str]) -> Self {
         Self {
             name: format!("g{number}"),

@@ -29,7 +29,6 @@ use crate::guest::Setup;
 use crate::host;
 use crate::host::Backing;
 use crate::host::Memory;
-use crate::kernel::ROOM;
 use crate::kernel::on;
 use crate::kernel::prepare;
 use crate::life::TODAY;
@@ -45,7 +44,7 @@ const IDLE: Duration = Duration::from_secs(15);
 /// No host here has room for more.
 const MANY: usize = 60;
 /// With so much memory available, in KiB, the host does not swap for two guests more.
-const FOR_TWO: i64 = 160 << 10;
+const FOR_TWO: i64 = 128 << 10;
 const PAGE: usize = 4096;
 
 /// Of our UML. Guests boot faster, or it would take more than an hour; their memory is the same.
@@ -56,52 +55,37 @@ struct Way {
     run: &'static str,
     title: &'static str,
     setup: fn(usize) -> Setup,
-    /// Only to see what a few guests cost, and not in the short form.
-    aside: bool,
 }
 
-const WAYS: [Way; 4] = [
+const WAYS: [Way; 3] = [
     Way {
         run: "a",
         title: "today's UML on tmpfs",
         setup: |number| on(number, Backing::File).with(TODAY).with(&[MODE]),
-        aside: false,
     },
     Way {
         run: "b",
         title: "/dev/anon",
         setup: |number| on(number, Backing::Anon).with(&[MODE]),
-        aside: false,
     },
     Way {
         run: "c",
         title: "/dev/anon and ubd=mmap",
         setup: |number| on(number, Backing::Anon).with(&[MODE, "ubd=mmap"]),
-        aside: false,
-    },
-    Way {
-        run: "d",
-        title: "Debian's UML as it comes",
-        setup: |number| Setup::packaged(number).environment("TMPDIR", ROOM),
-        aside: true,
     },
 ];
 
-impl Way {
-    /// So many guests are looked at in detail. In the short form they are all; those of Debian's UML take
-    /// twice as long to boot.
-    fn few(&self, short: bool) -> usize {
-        if short || self.aside { 3 } else { 8 }
-    }
+/// So many guests are looked at in detail: one and some twos. In the short form they are all.
+fn few(short: bool) -> usize {
+    if short { 3 } else { 9 }
 }
 
 /// How many guests to start next, with `running` there. Two take less time together, but what is measured
-/// is the first one, then all `few`, and whether the host swaps for a single one.
-fn at_once(running: usize, few: usize) -> Result<usize> {
+/// is the first one, then what a `few` take, and whether the host swaps for a single one more.
+fn at_once(running: usize) -> Result<usize> {
     let meminfo = fs::read_to_string("/proc/meminfo")?;
     let room = host::field(&meminfo, "MemAvailable")? > FOR_TWO;
-    let measured = running == 0 || running + 1 == few;
-    Ok(if room && !measured { 2 } else { 1 })
+    Ok(if room && running > 0 { 2 } else { 1 })
 }
 
 /// What came of a way, in KiB for a guest, with so many of them.
@@ -417,7 +401,7 @@ fn breakdown(way: &Way, guest: &Guest, memory: i64) -> Result<()> {
 }
 
 fn try_way(way: &Way, image: &Image, short: bool) -> Result<Outcome> {
-    let few = way.few(short);
+    let few = few(short);
     let title = way.title;
     println!(
         "{}",
@@ -439,7 +423,7 @@ fn try_way(way: &Way, image: &Image, short: bool) -> Result<Outcome> {
     let running = loop {
         let alive = guests.len();
         let mut next = Vec::new();
-        for number in alive + 1..=alive + at_once(alive, few)? {
+        for number in alive + 1..=alive + at_once(alive)? {
             next.push((way.setup)(number).debian().size(SIZE).start()?);
         }
         for guest in &mut next {
@@ -468,7 +452,7 @@ fn try_way(way: &Way, image: &Image, short: bool) -> Result<Outcome> {
             copies = image.copies(way, &guests)?;
             breakdown(way, &guests[few - 1], memory)?;
             page_by_page(way, &mut guests[few - 1])?;
-            if short || way.aside {
+            if short {
                 break None;
             }
         }
@@ -506,7 +490,7 @@ pub fn run(short: bool) -> Result<()> {
     disks()?;
     let image = Image::read()?;
     let mut outcomes = Vec::new();
-    for way in WAYS.iter().filter(|way| !(short && way.aside)) {
+    for way in &WAYS {
         outcomes.push((way, try_way(way, &image, short)?));
     }
     for (way, outcome) in &outcomes {
@@ -514,20 +498,14 @@ pub fn run(short: bool) -> Result<()> {
             let name = format!("({}) {}: {text}", way.run, way.title);
             figure(&name, value, unit, worst.and_then(|worst| goal(way, worst)));
         };
-        let few = way.few(short);
+        let few = few(short);
         show("host memory a guest", mib(outcome.memory), "MiB", None);
-        for (other, of) in &outcomes {
-            let worst = match other.run {
-                "a" => Some(0.35),
-                "d" => None,
-                _ => continue,
-            };
-            let share = outcome.memory as f64 / of.memory as f64;
-            show(&format!("against ({})", other.run), share, "", worst);
-        }
-        show("PSS a guest", mib(outcome.pss), "MiB", None);
         // The first way is today's.
-        if let (Some(guests), Some(of_today)) = (outcome.guests, outcomes[0].1.guests) {
+        let today = &outcomes[0].1;
+        let share = outcome.memory as f64 / today.memory as f64;
+        show("against (a)", share, "", Some(0.35));
+        show("PSS a guest", mib(outcome.pss), "MiB", None);
+        if let (Some(guests), Some(of_today)) = (outcome.guests, today.guests) {
             show("guests before the host swaps", guests as f64, "", None);
             show(
                 "for each of these, so many of (a)",
@@ -550,7 +528,7 @@ pub fn run(short: bool) -> Result<()> {
 pub fn count() -> Result<()> {
     ensure!(prepare(), "the VM is not as it should be");
     let work = ["compile", "starts", "compile", "starts"];
-    let mut ways = WAYS.iter().filter(|way| !way.aside).peekable();
+    let mut ways = WAYS.iter().peekable();
     // The first guest also pays for what the host does once.
     cost((ways.peek().context("no way")?.setup)(1), &[])?;
     let mut today = None;
