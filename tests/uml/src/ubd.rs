@@ -645,8 +645,8 @@ fn write_and_count(guest: &mut Guest, words: &str) -> Result<usize> {
     Ok(most)
 }
 
-/// Of one with two threads, so that one of them waits for the other; and, traced, of one that is asleep and
-/// has something to map when it wakes up.
+/// Of one with two threads, so that one of them waits for the other; and of one that is asleep and has
+/// something to map when it wakes up, traced, and much of it, not traced.
 fn lost_process(state: &mut State) -> Result<String> {
     let mut guest = start(on(1, state.backing()).with(&["ubd=mmap", "seccomp=on", "ncpus=2"]))?;
     guest.say("disk spin; echo ended with $?")?;
@@ -654,17 +654,19 @@ fn lost_process(state: &mut State) -> Result<String> {
     let busiest = host::busiest_child(guest.pid())?;
     lose(&mut guest, busiest, "Unexpectedly lost MM child")?;
 
-    let mut guest = start(on(1, state.backing()).with(&["ubd=mmap"]))?;
-    guest.say("disk line; echo ended with $?")?;
-    guest.expect("disk: waiting")?;
-    thread::sleep(Duration::from_secs(3));
-    // The one that was started last.
-    let last = host::children(guest.pid())?.into_iter().max();
-    lose(
-        &mut guest,
-        last.context("no process")?,
-        "cannot run the stub",
-    )?;
+    for (words, mode) in [("line", "seccomp=off"), ("apart", "seccomp=on")] {
+        let mut guest = start(on(1, state.backing()).with(&["ubd=mmap", mode]))?;
+        guest.say(&format!("disk {words}; echo ended with $?"))?;
+        guest.expect("disk: waiting")?;
+        thread::sleep(Duration::from_secs(3));
+        // The one that was started last.
+        let last = host::children(guest.pid())?.into_iter().max();
+        lose(
+            &mut guest,
+            last.context("no process")?,
+            "cannot run the stub",
+        )?;
+    }
     Ok(String::new())
 }
 
