@@ -918,6 +918,11 @@ impl Process<'_> {
                     25 => self.one(&[4, 9, 20, 21]) << 32,
                     _ => 0,
                 };
+                // What is an offset for others is the length for MADVISE. Too long, it is about all of this process.
+                let (addr, offset) = match code {
+                    25 => self.range().into(),
+                    _ => (addr, offset),
+                };
                 let (addr, len, index) = match code {
                     17 => (len, self.one(&[0, 1, 3]), 0),
                     30 | 33 => (u64::MAX, len, other << 32),
