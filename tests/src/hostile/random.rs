@@ -17,8 +17,10 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, AtomicU64, Ordering::*
 use std::time::{Duration, Instant};
 use std::{fs, ptr};
 
+/// Pages of a huge page.
+const HUGE: usize = 512;
 /// Pages that calls are about: two huge ones.
-const ARENA: usize = 1024;
+const ARENA: usize = 2 * HUGE;
 /// Where they are: far below all that the kernel itself finds a place for. So nothing else gets
 /// into holes of it, and nothing is near that a call could hit by going too far.
 const PLACE: usize = 0x20_0000_0000;
@@ -392,7 +394,15 @@ impl Process<'_> {
         }
         if self.elsewhere.len() > 6 {
             if let Some(old) = self.elsewhere.pop_front() {
-                old.unmap()?;
+                // Of huge pages (hugetlbfs) only whole ones can be unmapped, however few bytes were asked for.
+                let whole = old.pages.next_multiple_of(HUGE);
+                old.unmap().or_else(|_| {
+                    Map {
+                        pages: whole,
+                        ..old
+                    }
+                    .unmap()
+                })?;
             }
         }
         Ok(())
@@ -1150,7 +1160,7 @@ fn run(
                 .iter()
                 .map(|(call, ret)| format!("# call {call:x?}: {ret}\n"))
                 .collect();
-            bail!("{err}, after\n{}", calls.concat());
+            bail!("{err:#}, after\n{}", calls.concat());
         }
     }
     Ok(())
