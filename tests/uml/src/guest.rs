@@ -25,6 +25,7 @@ use std::time::Instant;
 use anyhow::Context;
 use anyhow::Result;
 use anyhow::bail;
+use anyhow::ensure;
 use rustix::process::Pid;
 use rustix::process::Signal;
 use rustix::process::kill_process;
@@ -568,8 +569,16 @@ impl Guest {
         Ok(kill_process(Pid::from_child(&self.run), signal)?)
     }
 
-    /// Has the guest shut down, and waits for its end.
+    /// Has the guest shut down, and waits for its end. Its kernel, if it is ours, has warned of nothing until then.
     pub fn power_off(&mut self) -> Result<()> {
+        if !self.by_run {
+            let tainted = self.mconsole()?.proc("sys/kernel/tainted")?;
+            ensure!(
+                tainted.trim() == "0",
+                "{}: its kernel is tainted: {tainted}",
+                self.name
+            );
+        }
         self.say(match self.userland {
             Userland::Small => "poweroff",
             // Debian without D-Bus: as init would be told by a power switch.
