@@ -332,7 +332,7 @@ fn shares(guest: &Guest) -> Result<Counters> {
 }
 
 /// The image is larger than any one's memory, and all but the first do not even have room for its files. In
-/// the VM each guest checks a quarter of them.
+/// the VM each guest checks a quarter of them, for which it has no room either.
 fn together(state: &mut State) -> Result<String> {
     let (number, words, least) = match (state.here, state.long) {
         (true, _) => (8, "image", 32768),
@@ -341,7 +341,11 @@ fn together(state: &mut State) -> Result<String> {
     };
     let start = |number| {
         let setup = on(number, state.backing()).with(&["ubd=mmap", FASTER]);
-        let size = if number == 1 && state.here { 256 } else { 128 };
+        let size = match (state.here, number) {
+            (true, 1) => 256,
+            (true, _) => 128,
+            (false, _) => 80,
+        };
         in_debian(state, setup).size(size).start()
     };
     let started: Result<Vec<_>> = (1..=number).map(start).collect();
