@@ -45,7 +45,7 @@ const IDLE: Duration = Duration::from_secs(15);
 const MANY: usize = 60;
 /// With so much memory available, in KiB, of which some is pages of the image that are mapped, the host does not swap for
 /// two guests more.
-const FOR_TWO: i64 = 112 << 10;
+const FOR_TWO: i64 = 160 << 10;
 const PAGE: usize = 4096;
 
 /// Of our UML. Guests boot faster, or it would take more than an hour; their memory is the same.
