@@ -573,8 +573,9 @@ impl Guest {
     pub fn power_off(&mut self) -> Result<()> {
         if !self.by_run {
             let tainted = self.mconsole()?.proc("sys/kernel/tainted")?;
+            let tainted = tainted.trim();
             ensure!(
-                tainted.trim() == "0",
+                tainted == "0",
                 "{}: its kernel is tainted: {tainted}",
                 self.name
             );

@@ -809,14 +809,15 @@ fn killed(state: &mut State) -> Result<String> {
         let setup = on(1, state.backing()).with(&arguments);
         let mut guest = setup.debian().size(256).start()?;
         guest.expect("disk: synced ")?;
+        // Not right before it is killed: this would choose the moment.
+        let counters = Counters::of(&guest)?;
+        counters.some(&["mapped", "promoted_write"])?;
+        counters.good()?;
         let mut random = [0; 2];
         File::open("/dev/urandom")?.read_exact(&mut random)?;
         thread::sleep(Duration::from_millis(
             u64::from(u16::from_ne_bytes(random)) / 16,
         ));
-        let counters = Counters::of(&guest)?;
-        counters.some(&["mapped", "promoted_write"])?;
-        counters.good()?;
         guest.kill(Signal::KILL)?;
         guest.wait(&[128 + 9])?;
         let count: usize = guest.last("disk: synced ")?.parse()?;
