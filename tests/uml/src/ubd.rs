@@ -122,6 +122,13 @@ const TESTS: &[(Place, Test<State>)] = &[
         ("a flush in the guest is one on the host", flush),
     ),
     (
+        Place::Vm,
+        (
+            "writes that cannot be done at once, or not as they are asked for, are not lost",
+            tried_again,
+        ),
+    ),
+    (
         Place::Here,
         ("SIGKILL loses nothing that was flushed", killed),
     ),
@@ -366,6 +373,10 @@ fn together(state: &mut State) -> Result<String> {
         let room = guest.size() / 4;
         let (pages, mapped) = (counters.get("pages")?, counters.get("mapped")?);
         ensure!(pages > room / 6 && mapped > least, "{}", counters.0);
+        // And what there is of files is mapped.
+        let meminfo = guest.mconsole()?.proc("meminfo")?;
+        let cached = host::field(&meminfo, "Cached")? / 4;
+        eprintln!("{}: {cached} pages are cached, {pages} mapped", guest.name);
         text += &format!("{}\n", counters.summary()?);
     }
     for guest in &mut guests {
@@ -520,6 +531,10 @@ fn read_only(_: &mut State) -> Result<String> {
         let sum = sum.split(' ').next().context("no checksum")?;
         guest.expect(&format!("{sum} "))?;
     }
+    // A process has pages of two disks at once.
+    guest.say("mount -t ext4 -o ro /dev/ubde /mnt")?;
+    guest.run("disk", "batch")?;
+    guest.say("umount /mnt")?;
     // The first can be written to, and is right when it comes from the disk again.
     guest.say(
         "mount -t ext4 /dev/ubdb /mnt && cp -r /mnt/crates/core_arch /mnt/copy && umount /mnt && \
@@ -763,6 +778,52 @@ fn partly(state: &mut State) -> Result<String> {
     Ok(String::new())
 }
 
+/// The socket to the thread that writes takes a few requests only, so that most are tried again; and the host can
+/// neither discard nor zero a part of the second COW file. What was flushed is in both all the same.
+fn tried_again(_: &mut State) -> Result<String> {
+    const ROOM_OF_SOCKETS: &str = "/proc/sys/net/core/wmem_default";
+    let ramfs = format!("{ROOM}/ramfs");
+    fs::create_dir_all(&ramfs)?;
+    mount("ramfs", ramfs.as_str(), "ramfs", MountFlags::empty(), None)?;
+    host::chmod(&ramfs, 0o777)?;
+    // Of each: the COW file, the image, and how long that is.
+    let disks = [
+        ("/var/spread.cow".to_owned(), format!("{ROOM}/empty1"), 64 << 20),
+        (format!("{ramfs}/spread.cow"), format!("{ROOM}/empty2"), 8 << 20),
+    ];
+    let mut setup = on(1, Backing::Anon).with(&[FASTER]);
+    for (number, (cow, image, size)) in (1..).zip(&disks) {
+        let _ = fs::remove_file(cow);
+        File::create(image)?.set_len(*size)?;
+        setup = setup.with(&[&format!("ubd{number}={cow},{image}")]);
+    }
+    let before = fs::read_to_string(ROOM_OF_SOCKETS)?;
+    fs::write(ROOM_OF_SOCKETS, "4608")?;
+    let guest = start(setup);
+    fs::write(ROOM_OF_SOCKETS, before)?;
+    let mut guest = guest?;
+    guest.run("disk", "spread")?;
+    guest.kill(Signal::KILL)?;
+    guest.wait(&[128 + 9])?;
+    let (mut page, mut right, mut wrong) = ([0; 4096], 0, Vec::new());
+    for (cow, image, size) in &disks {
+        let disk = File::open(merged(cow, image)?)?;
+        for at in (0..*size).step_by(128 << 10) {
+            disk.read_exact_at(&mut page, at)?;
+            let wanted = (at / 4096 + 1).to_le_bytes();
+            if page.chunks(8).all(|word| word == wanted) {
+                right += 1;
+            } else {
+                wrong.push(format!("{cow}: {at:#x}"));
+            }
+        }
+        fs::remove_file(cow)?;
+    }
+    ensure!(wrong.is_empty(), "not there: {}", wrong.join(", "));
+    clean(&guest, true)?;
+    Ok(format!("{right} pages"))
+}
+
 /// Which files were flushed by fdatasync(2), by way of the host's tracing.
 fn flush(_: &mut State) -> Result<String> {
     mount("tracing", TRACING, "tracefs", MountFlags::empty(), None).context(TRACING)?;
@@ -813,6 +874,7 @@ fn killed(state: &mut State) -> Result<String> {
         let counters = Counters::of(&guest)?;
         counters.some(&["mapped", "promoted_write"])?;
         counters.good()?;
+        guest.content()?;
         let mut random = [0; 2];
         File::open("/dev/urandom")?.read_exact(&mut random)?;
         thread::sleep(Duration::from_millis(
