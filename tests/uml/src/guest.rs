@@ -569,16 +569,30 @@ impl Guest {
         Ok(kill_process(Pid::from_child(&self.run), signal)?)
     }
 
-    /// Has the guest shut down, and waits for its end. Its kernel, if it is ours, has warned of nothing until then.
-    pub fn power_off(&mut self) -> Result<()> {
-        if !self.by_run {
-            let tainted = self.mconsole()?.proc("sys/kernel/tainted")?;
-            let tainted = tainted.trim();
+    /// Our kernel has warned of nothing yet. One that checks its locks does so until it finds something.
+    pub fn content(&self) -> Result<()> {
+        let console = self.mconsole()?;
+        let tainted = console.proc("sys/kernel/tainted")?;
+        ensure!(
+            tainted.trim() == "0",
+            "{}: its kernel is tainted: {tainted}",
+            self.name
+        );
+        // Others do not have this file.
+        if let Ok(stats) = console.ask("proc lockdep_stats")? {
             ensure!(
-                tainted == "0",
-                "{}: its kernel is tainted: {tainted}",
+                host::field(&stats, " debug_locks")? == 1,
+                "{}: its kernel has found fault with its locks",
                 self.name
             );
+        }
+        Ok(())
+    }
+
+    /// Has the guest shut down, and waits for its end. Its kernel, if it is ours, is [`Guest::content`] until then.
+    pub fn power_off(&mut self) -> Result<()> {
+        if !self.by_run {
+            self.content()?;
         }
         self.say(match self.userland {
             Userland::Small => "poweroff",
