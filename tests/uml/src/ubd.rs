@@ -861,7 +861,7 @@ fn flush(_: &mut State) -> Result<String> {
 fn killed(state: &mut State) -> Result<String> {
     let times = match (state.here, state.long) {
         (true, true) => 100,
-        (true, false) => 20,
+        (true, false) => 12,
         (false, _) => 3,
     };
     let mut flushed = 0;
