@@ -636,7 +636,8 @@ fn hot_plug_refused(_: &mut State) -> Result<String> {
     let (all, now) = console.plug(4)?;
     ensure!(!all && now.moved == 0 && now.unplugged == 0, "{now:?}");
     // More than there is, by more than 64 bits hold, and by a little.
-    for words in ["mem=-8000000000000M", "mem=+193M"] {
+    let more = format!("mem=+{}K", now.plugged + (1 << 10));
+    for words in ["mem=-8000000000000M", &more] {
         let answer = console.ask(&format!("config {words}"))?;
         let refused = matches!(&answer, Err(said) if said.contains("larger than physical memory"));
         ensure!(refused, "{words}: {answer:?}");
