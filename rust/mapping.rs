@@ -219,7 +219,8 @@ impl InvalidateGuard<'_> {
     /// Frees pages from the first one of `part` on, which is in swap, if no VMA covers it: what of
     /// `part` is left to look at.
     fn free_swapped(&self, part: PageRange) -> Option<PageRange> {
-        /// The tree is asked again after so many, as it is not while they are freed.
+        /// The tree of VMAs is asked again after so many pages, or a little less: it is not while they
+        /// are freed. A multiple of what an entry can be, so that those of huge pages stay whole.
         const AT_ONCE: usize = 512;
 
         let page = part.first();
@@ -228,7 +229,7 @@ impl InvalidateGuard<'_> {
         // With faults shut out, what is in swap stays there, short of a read(2), a write(2), a
         // collapse or a swapoff(2).
         if !covered {
-            last = self.last_swapped(part, last.min(page.saturating_add(AT_ONCE)));
+            last = self.last_swapped(part, last.min(page.saturating_add(AT_ONCE - 1)));
             if let Some(swapped) = PageRange::new(page, last) {
                 self.truncate(swapped);
             }
@@ -269,13 +270,18 @@ impl InvalidateGuard<'_> {
             .filter_map(move |folio| range.intersection(folio))
     }
 
-    /// The last page of `part`, up to `last`, such that no folio lies between.
+    /// The last page of `part`, up to `last`, such that no folio lies between. Only the first entry
+    /// may be cut, as shmem reads it back for that.
     fn last_swapped(&self, part: PageRange, last: usize) -> usize {
-        let mut end = self.folio_of(part.first()).last();
+        let mut end = self.folio_of(part.first()).last().min(last);
         while end < last && self.next(true, PageRange::aligned(end + 1, 0)).is_some() {
-            end = self.folio_of(end + 1).last();
+            let next = self.folio_of(end + 1).last();
+            if next > last {
+                break;
+            }
+            end = next;
         }
-        end.min(last)
+        end
     }
 
     /// Splits the folio across the border before `page`, if it can be split. Its data stays.

@@ -190,6 +190,7 @@ const TESTS: &[Test] = tests! {
         unkillable_at_its_limit,
         four_times_the_memory,
         huge_pages_of_each_size,
+        huge_pages_go_from_swap,
         khugepaged_and_compaction(_args, seed: seed),
         pages_move_between_nodes(_args, seed: seed),
         processors_come_and_go(_args, seed: seed),

@@ -5,6 +5,7 @@
 //! Processes that act as guests go on meanwhile. What they wrote has to stay as long as they have it
 //! mapped, and when they are gone, so must be every page.
 
+use crate::rules::page_out;
 use crate::sys::*;
 use anyhow::{Context, Result, bail, ensure};
 use fastrand::Rng;
@@ -631,6 +632,29 @@ pub fn huge_pages_of_each_size() -> Result<()> {
         }
     }
     shmem_is_back(shmem)
+}
+
+/// Huge pages that are whole in swap are freed there, and none is read back to free a part of it.
+pub fn huge_pages_go_from_swap() -> Result<()> {
+    const PAGES: usize = 16 * HUGE;
+    let _huge = Setting::set(Path::new(THP).join("shmem_enabled"), "always")?;
+    for fd in both_doors(PAGES)? {
+        let (place, map) = aligned(PAGES)?;
+        let map = map.cover(&fd, 0)?;
+        map.fill(1);
+        let whole = vmstat("thp_swpout")?;
+        page_out(&fd, map)?;
+        let whole = vmstat("thp_swpout")? - whole;
+        ensure!(whole > 8, "{whole} huge pages went to swap as they are");
+
+        let read = vmstat("pswpin")?;
+        map.unmap()?;
+        let read = vmstat("pswpin")? - read;
+        ensure!(read == 0, "{read} pages were read from swap to be freed");
+        all_back(&fd)?;
+        place.unmap()?;
+    }
+    Ok(())
 }
 
 /// Moves the machine's memory together, again and again.
