@@ -133,7 +133,7 @@ bool devanon_covered(struct address_space *mapping, pgoff_t first, pgoff_t enoug
 		*last = min(end, *last);
 	}
 	i_mmap_unlock_read(mapping);
-	cond_resched();
+	cond_resched_tasks_rcu_qs();
 
 	return covered;
 }
@@ -307,7 +307,7 @@ bool devanon_remove_uncovered(struct address_space *mapping, pgoff_t *first, pgo
 			done = locked;
 		} while (all_there && done < nr);
 		folio_batch_release(&fbatch);
-		cond_resched();
+		cond_resched_tasks_rcu_qs();
 	}
 	*first = index;
 
