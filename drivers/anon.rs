@@ -131,8 +131,7 @@ impl CharDevice for DevAnon {
     }
 
     fn new_object() -> Result<ARef<ShmemFile>> {
-        // No memory for an inode is `ENOSPC` to shmem, which mmap(2) does not know.
-        ShmemFile::new_unlimited().map_err(|err| if err == ENOSPC { ENOMEM } else { err })
+        ShmemFile::new_unlimited()
     }
 
     fn mmap(file: &ShmemFile, vma: &NewVma) -> Result {

@@ -177,7 +177,9 @@ pub(crate) fn exit() {
 fn setup(size: i64) -> Result<ARef<File>> {
     // SAFETY: `NAME` is a string that lives for ever.
     let file = unsafe { bindings::devanon_shmem_file_setup(NAME.as_char_ptr(), size) };
-    let file = NonNull::new(from_err_ptr(file)?).ok_or(ENOMEM)?;
+    // No memory for an inode is `ENOSPC` to shmem, but nobody asked for room on a disk.
+    let file = from_err_ptr(file).map_err(|err| if err == ENOSPC { ENOMEM } else { err })?;
+    let file = NonNull::new(file).ok_or(ENOMEM)?;
 
     // SAFETY: The file is new and the reference is ours; it is in no descriptor table, so nobody is
     // inside `fdget_pos()` on it.

@@ -102,8 +102,6 @@ impl Fault {
 const NO_MEMORY: &[i32] = &[libc::ENOMEM];
 /// For those that do: a path, or an argument.
 const NO_MEMORY_NO_COPY: &[i32] = &[libc::ENOMEM, libc::EFAULT];
-/// For those that make a file as well: shmem says so when it cannot have an inode, as to memfd_create(2).
-const NO_FILE: &[i32] = &[libc::ENOMEM, libc::EFAULT, libc::ENOSPC];
 
 /// What is held in the whole machine. Tests leave it as it was.
 #[derive(Debug, PartialEq)]
@@ -207,14 +205,16 @@ pub fn open_and_ioctl() -> Result<()> {
     let _injection = injection()?;
 
     walk("open", |fault| {
-        let dev = fault.call(NO_FILE, || Ok(open(DEVICE, libc::O_RDWR)?))?;
+        let dev = fault.call(NO_MEMORY_NO_COPY, || Ok(open(DEVICE, libc::O_RDWR)?))?;
         dev.map_or(Ok(()), |dev| use_and_unmap(&dev))
     })?;
     walk("DEVANON_IOC_NEW", |fault| {
         let dev = device()?;
         let next = || -> Result<i32> { Ok(dev.try_clone()?.as_raw_fd()) };
         let free = next()?;
-        let file = fault.call(NO_FILE, || Ok(ioctl_new(&dev, DEVANON_CLOEXEC, 0)?))?;
+        let file = fault.call(NO_MEMORY_NO_COPY, || {
+            Ok(ioctl_new(&dev, DEVANON_CLOEXEC, 0)?)
+        })?;
         let Some(file) = file else {
             ensure!(next()? == free, "descriptor {free} is lost");
             return use_and_unmap(&ioctl_file(PAGES).context("once more")?);
@@ -233,7 +233,7 @@ pub fn open_and_ioctl() -> Result<()> {
                 all.push(last);
                 last = dev.try_clone()?;
             }
-            fault.call(NO_FILE, || Ok(ioctl_new(&dev, 0, 0)?))?;
+            fault.call(NO_MEMORY_NO_COPY, || Ok(ioctl_new(&dev, 0, 0)?))?;
             if fault.injected.get() {
                 peer.meet()?;
             }
@@ -632,7 +632,7 @@ pub fn insmod_and_rmmod() -> Result<()> {
     })?;
     unload("devanon")?;
     walk("insmod", |fault| {
-        let loaded = fault.call(NO_FILE, || Ok(load(MODULE, "")?))?;
+        let loaded = fault.call(NO_MEMORY_NO_COPY, || Ok(load(MODULE, "")?))?;
         if loaded.is_some() {
             use_and_unmap(&device()?)?;
             unload("devanon")?;
