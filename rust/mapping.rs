@@ -220,7 +220,7 @@ impl InvalidateGuard<'_> {
     /// `part` is left to look at.
     fn free_swapped(&self, part: PageRange) -> Option<PageRange> {
         /// The tree of VMAs is asked again after so many pages, or a little less: it is not while they
-        /// are freed. A multiple of what an entry can be, so that those of huge pages stay whole.
+        /// are freed. As many as the largest entry has, which is to be freed whole.
         const AT_ONCE: usize = 512;
 
         let page = part.first();

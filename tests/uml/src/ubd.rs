@@ -747,6 +747,7 @@ fn truncated(state: &mut State) -> Result<String> {
     // From memory, which is gone; and from the disk.
     guest.say("find /mnt -type f -exec cat {} + >/dev/null; echo; echo memory")?;
     guest.expect("memory")?;
+    guest.run("disk", "lost")?;
     guest.say("echo 3 >/proc/sys/vm/drop_caches; find /mnt -type f -exec cat {} + >/dev/null 2>&1 || echo; echo failed")?;
     guest.expect("failed")?;
     let errors = log(&mut guest, "I/O error, dev ubdb")?.len();
