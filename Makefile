@@ -31,7 +31,7 @@ help:
 	@echo 'With the tools of this machine:'
 	@echo '  make modules [KDIR=DIR]          build devanon.ko; Debian needs scripts/rust-metadata first'
 	@echo '  make modules_install [KDIR=DIR]  install it'
-	@echo '  make clean [KDIR=DIR]            remove what they made'
+	@echo '  make clean [KDIR=DIR]            remove what make modules made'
 	@echo 'Whatever goes wrong, make itself ends with 2; the scripts of these names in scripts/ tell more.'
 
 modules:

@@ -54,7 +54,6 @@ fn sample(
     while !stop.load(Relaxed) {
         let line = || -> Result<String> {
             let memory = host::memory_file(pid)?.context("no memory file")?;
-            let meminfo = std::fs::read_to_string("/proc/meminfo")?;
             let used = match &console {
                 None => None,
                 Some(console) => {
@@ -66,8 +65,6 @@ fn sample(
                 "run": run,
                 "seconds": start.elapsed().as_secs_f64(),
                 "host_kib": memory.cost,
-                "shmem_kib": host::field(&meminfo, "Shmem")?,
-                "available_kib": host::field(&meminfo, "MemAvailable")?,
                 "guest_used_kib": used,
             }})
             .to_string())

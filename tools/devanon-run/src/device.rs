@@ -89,7 +89,12 @@ fn open_failure(error: Errno) -> Failure {
         {
             Failure::new(121, "/dev/anon lies on a filesystem mounted nodev")
         }
-        Errno::ACCESS | Errno::PERM => Failure::new(
+        // The node's mode and its filesystem give EACCES.
+        Errno::PERM => Failure::new(
+            121,
+            "a container, unit or sandbox may not open /dev/anon: DeviceAllow=/dev/anon rw, or --device /dev/anon",
+        ),
+        Errno::ACCESS => Failure::new(
             121,
             "no permission to open /dev/anon: as root, chmod 666 /dev/anon",
         ),

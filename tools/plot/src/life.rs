@@ -21,7 +21,7 @@ enum Record {
     Run(Title),
 }
 
-/// A second of a run, or one more guest. Its shmem_kib and available_kib, of the host, are for other readers.
+/// A second of a run, or one more guest.
 #[derive(Deserialize)]
 pub struct Sample {
     run: String,
@@ -132,7 +132,7 @@ mod tests {
 
     const SAMPLE: &str = concat!(
         r#"{"sample":{"run":"anon","seconds":1.0,"host_kib":2048,"#,
-        r#""shmem_kib":1,"available_kib":2,"guest_used_kib":null}}"#
+        r#""guest_used_kib":null}}"#
     );
 
     fn error(text: &str) -> String {

@@ -50,8 +50,6 @@ fn samples(run: &str, count: u32) -> Vec<String> {
             "run": run,
             "seconds": second,
             "host_kib": 1024 * (10 + second),
-            "shmem_kib": 1,
-            "available_kib": 2,
             // Cannot be asked in the first two seconds.
             "guest_used_kib": (second > 1).then_some(1024 * second),
         }})

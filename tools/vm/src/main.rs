@@ -149,7 +149,7 @@ fn name(text: &str) -> Result<String> {
     let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     ensure!(
         text.chars().all(good) && text.starts_with(|c: char| c.is_ascii_alphanumeric()),
-        "letters, digits, dots and dashes only"
+        "letters, digits, dots, dashes and underscores only"
     );
     Ok(text.to_owned())
 }
