@@ -118,6 +118,13 @@ const TESTS: &[(Place, Test<State>)] = &[
         ),
     ),
     (
+        Place::Here,
+        (
+            "a COW file on a full disk, with another image, cut, removed: what was there is right",
+            cow_files,
+        ),
+    ),
+    (
         Place::Vm,
         ("a flush in the guest is one on the host", flush),
     ),
@@ -780,6 +787,104 @@ fn partly(state: &mut State) -> Result<String> {
     fs::remove_file(cow)?;
     clean(&guest, false)?;
     Ok(String::new())
+}
+
+/// What the host has no room for is what it was, now and after a boot; and a COW file that cannot be opened as it is
+/// to be is not opened at all.
+fn cow_files(state: &mut State) -> Result<String> {
+    const PAGES: u64 = 2048;
+    const SIZE: &str = "16384";
+    let words = |word: u64| word.to_le_bytes().repeat(4096 / 8);
+    let (small, image, other) = (
+        format!("{ROOM}/small"),
+        format!("{ROOM}/numbers"),
+        format!("{ROOM}/other"),
+    );
+    let old: Vec<u8> = (0..PAGES).flat_map(|page| words(!page)).collect();
+    fs::write(&image, old)?;
+    File::create(&other)?.set_len(8 * PAGES * 4096)?;
+    fs::create_dir_all(&small)?;
+    mount(
+        "tmpfs",
+        small.as_str(),
+        "tmpfs",
+        MountFlags::empty(),
+        Some(c"size=4m"),
+    )?;
+    host::chmod(&small, 0o777)?;
+    fs::write(format!("{small}/rest"), vec![1; 2 << 20])?;
+    let cow = format!("{small}/cow");
+    let disk = format!("{cow},{image}");
+    let mut guest = start(on(1, state.backing()).with(&[FASTER, &format!("ubd1={disk}")]))?;
+    guest.begin("disk", "full")?;
+    let full = guest.expect("disk: full ")?;
+    let full: u64 = full.parse().with_context(|| full.clone())?;
+    fs::remove_file(format!("{small}/rest"))?;
+    guest.say("")?;
+    guest.finish("disk", "full")?;
+    guest.kill(Signal::KILL)?;
+    guest.wait(&[128 + 9])?;
+    let merged = fs::read(merged(&cow, &image)?)?;
+    for (number, page) in (0..).zip(merged.chunks(4096)) {
+        let (new, old) = (page == words(number + 1), page == words(!number));
+        let right = match number {
+            number if number < full || (full + 16..full + 32).contains(&number) => new,
+            number if number < full + 16 => new || old,
+            _ => old,
+        };
+        ensure!(right, "page {number} begins with {:x?}", &page[..8]);
+    }
+
+    // The bitmap begins at 4 KiB.
+    let short = format!("{ROOM}/short.cow");
+    fs::copy(&cow, &short)?;
+    File::options()
+        .write(true)
+        .open(&short)?
+        .set_len(4096 + 100)?;
+    host::chmod(&short, 0o666)?;
+    let setup = on(1, state.backing()).with(&[
+        FASTER,
+        &format!("ubd1={cow},{other}"),
+        &format!("ubd2={short},{image}"),
+    ]);
+    let mut guest = start(setup)?;
+    let console = guest.mconsole()?;
+    let size = |guest: &mut Guest, name: &str| guest.lines(&format!("cat /sys/block/{name}/size"));
+    ensure!(size(&mut guest, "ubdb")? == [SIZE], "another image's size");
+    ensure!(
+        guest.lines("ls -d /sys/block/ubdc 2>/dev/null")?.is_empty(),
+        "a disk without all of its bitmap"
+    );
+    let fresh = format!("{ROOM}/fresh.cow");
+    for (words, good) in [
+        ("remove ubd2".to_owned(), false),
+        (format!("config ubd2={fresh},{image}"), true),
+        ("remove ubd2".to_owned(), true),
+        ("remove ubd1".to_owned(), true),
+        (format!("config ubd1d={small}/none"), false),
+        (format!("config ubd1={disk}"), true),
+    ] {
+        let mut answer = console.ask(&words)?;
+        // It looks for partitions first.
+        for _ in 0..50 {
+            if !answer
+                .as_ref()
+                .is_err_and(|text| text.contains("currently open"))
+            {
+                break;
+            }
+            thread::sleep(Duration::from_millis(100));
+            answer = console.ask(&words)?;
+        }
+        ensure!(answer.is_ok() == good, "{words}: {answer:?}");
+    }
+    ensure!(size(&mut guest, "ubdb")? == [SIZE], "a plain disk");
+    let first = guest.lines("dd if=/dev/ubdb bs=8 count=1 2>/dev/null | od -An -td8")?;
+    ensure!(first.len() == 1 && first[0].trim() == "1", "{first:?}");
+    guest.power_off()?;
+    clean(&guest, false)?;
+    Ok(format!("no room for page {full}"))
 }
 
 /// The socket to the thread that writes takes a few requests only, so that most are tried again; and the host can
