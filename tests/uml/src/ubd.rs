@@ -863,6 +863,7 @@ fn cow_files(state: &mut State) -> Result<String> {
         ("remove ubd2".to_owned(), true),
         ("remove ubd1".to_owned(), true),
         (format!("config ubd1d={small}/none"), false),
+        ("config ubd1dx=".to_owned(), false),
         (format!("config ubd1={disk}"), true),
     ] {
         let mut answer = console.ask(&words)?;
