@@ -219,8 +219,8 @@ impl InvalidateGuard<'_> {
     /// Frees pages from the first one of `part` on, which is in swap, if no VMA covers it: what of
     /// `part` is left to look at.
     fn free_swapped(&self, part: PageRange) -> Option<PageRange> {
-        /// The tree of VMAs is asked again after so many pages, or a little less: it is not while they
-        /// are freed. As many as the largest entry has, which is to be freed whole.
+        /// The tree of VMAs is asked again after so many pages at most, as it is not while they are
+        /// freed. As many as the largest entry has, which is to be freed whole.
         const AT_ONCE: usize = 512;
 
         let page = part.first();
