@@ -793,7 +793,9 @@ fn partly(state: &mut State) -> Result<String> {
 /// to be is not opened at all.
 fn cow_files(state: &mut State) -> Result<String> {
     const PAGES: u64 = 2048;
+    // In sectors; and so many pages `disk full` writes at once.
     const SIZE: &str = "16384";
+    const AT_ONCE: u64 = 16;
     let words = |word: u64| word.to_le_bytes().repeat(4096 / 8);
     let (small, image, other) = (
         format!("{ROOM}/small"),
@@ -828,8 +830,10 @@ fn cow_files(state: &mut State) -> Result<String> {
     for (number, page) in (0..).zip(merged.chunks(4096)) {
         let (new, old) = (page == words(number + 1), page == words(!number));
         let right = match number {
-            number if number < full || (full + 16..full + 32).contains(&number) => new,
-            number if number < full + 16 => new || old,
+            number if number < full || (full + AT_ONCE..full + 2 * AT_ONCE).contains(&number) => {
+                new
+            }
+            number if number < full + AT_ONCE => new || old,
             _ => old,
         };
         ensure!(right, "page {number} begins with {:x?}", &page[..8]);
