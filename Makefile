@@ -21,7 +21,7 @@ help:
 	@echo '  make demo-uml        the life of a Debian guest: a picture, and figures with their goals'
 	@echo '  make demo-savings [SHORT=1]   guests from one image until the host swaps: a table and a picture'
 	@echo '  make bench           /dev/anon against its peers, counted in instructions: tables of ratios'
-	@echo '  make bench-compare   what of that is worse than bench/baseline.json by more than 2 %'
+	@echo '  make bench-compare   what of that is worse than tests/bench/baseline.json by more than 2 %'
 	@echo '  make uml             a UML with patches/uml, the guest'"'"'s kernel'
 	@echo '  make kernel          a kernel with patches/host, /dev/anon built in'
 	@echo '  make shell           a shell in a VM with the module loaded'

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Trouble for the tests of the harness (tools/vm/tests) to find: no kernel
+ * Trouble for the tests of the harness (tests/vm/tests) to find: no kernel
  * makes it to order. Never installed.
  */
 

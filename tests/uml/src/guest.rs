@@ -58,11 +58,11 @@ pub const POWERED_OFF: &[i32] = &[0, 128 + 6];
 /// What runs in a guest.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Userland {
-    /// tools/uml-guest/init on busybox, in memory.
+    /// tests/guest/init on busybox, in memory.
     Small,
     /// Debian with systemd, on a copy-on-write disk.
     Debian,
-    /// That disk, and no more than a shell: tools/uml-guest/single.
+    /// That disk, and no more than a shell: tests/guest/single.
     Single,
 }
 
@@ -392,7 +392,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Has Debian's userland do a piece of work (`work` of tools/uml-guest), which must go well.
+    /// Has Debian's userland do a piece of work (`work` of tests/guest), which must go well.
     pub fn work(&mut self, words: &str) -> Result<()> {
         self.run("work", words)
     }
@@ -426,7 +426,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Leaves the guest at what `work` or `disk` does (see tools/uml-guest): see [`Guest::is_done`].
+    /// Leaves the guest at what `work` or `disk` does (see tests/guest): see [`Guest::is_done`].
     pub fn begin(&mut self, program: &str, words: &str) -> Result<()> {
         let word = words.split(' ').next().unwrap_or_default();
         self.begun = Instant::now();

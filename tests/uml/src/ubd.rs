@@ -396,7 +396,7 @@ fn together(state: &mut State) -> Result<String> {
     Ok(text)
 }
 
-/// What a word of tools/uml-guest/disk must bring about.
+/// What a word of tests/guest/disk must bring about.
 fn effects(words: &str) -> &'static [&'static str] {
     match words.split(' ').next().unwrap_or_default() {
         "write" => &[
@@ -415,7 +415,7 @@ fn effects(words: &str) -> &'static [&'static str] {
     }
 }
 
-/// These words of tools/uml-guest/disk, while a quarter of the memory goes and comes. Not with "cut": Linux's own UML
+/// These words of tests/guest/disk, while a quarter of the memory goes and comes. Not with "cut": Linux's own UML
 /// does not stop a process on another CPU for a page that moves, or is reclaimed, and is not an image's.
 fn changes(setup: Setup, words: &'static [&'static str], verify: bool) -> Result<String> {
     let mut guest = shell(setup.size(256).start()?)?;
