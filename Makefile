@@ -5,15 +5,17 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 # Where the module is built: here, or with MO=DIR in DIR.
 KBUILD = $(MAKE) -C $(KDIR) M=$(CURDIR) $(if $(MO),MO=$(MO))
 
-.PHONY: help modules modules_install clean run test test-debug stress test-kcsan stress-uml stress-ubd demo-uml \
+.PHONY: help modules modules_install clean run test test-all test-one test-debug stress test-kcsan stress-uml stress-ubd demo-uml \
 	demo-savings bench bench-compare kernel uml shell lint rust-analyzer distclean
 .NOTPARALLEL:
 
 help:
 	@echo 'In a build environment of its own, made under build/ at first use (as root):'
 	@echo '  make run             UML guests on /dev/anon in a VM: a table of the host memory they cost'
-	@echo '  make test            every test, on stock Debian kernels, a patched and a debug one'
-	@echo '  make test-debug      those of them that concern the kernel with every detector, for longer'
+	@echo '  make test            the tests, on a stock Debian kernel and one with every detector'
+	@echo '  make test-all        those, and the same on an older stock kernel and on one with patches/host'
+	@echo '  make test-one TEST=NAME [KERNEL=LINE] [UML=SCENARIO]   one test or group alone; see scripts/test-one --help'
+	@echo '  make test-debug      those that concern the kernel with every detector, for longer'
 	@echo '  make stress [SECONDS=N]   the race test alone, on the debug kernel; 600 s by default'
 	@echo '  make test-kcsan      the driver'"'"'s tests under the detector of data races'
 	@echo '  make stress-uml      a Debian userland on UML, on all that its memory can be in'
@@ -51,7 +53,7 @@ clean:
 	$(KBUILD) $@
 
 # The full log of each, also of what prepares it.
-run test test-debug stress test-kcsan stress-uml stress-ubd demo-uml demo-savings bench kernel uml shell lint rust-analyzer: export DEVANON_LOG = $(CURDIR)/build/log/$@.log
+run test test-all test-one test-debug stress test-kcsan stress-uml stress-ubd demo-uml demo-savings bench kernel uml shell lint rust-analyzer: export DEVANON_LOG = $(CURDIR)/build/log/$@.log
 
 run test test-kcsan stress-uml stress-ubd demo-uml demo-savings bench shell lint:
 	@scripts/prepare $@
@@ -60,9 +62,13 @@ run test test-kcsan stress-uml stress-ubd demo-uml demo-savings bench shell lint
 bench-compare:
 	@scripts/$@
 
-test-debug:
+test-all test-debug:
 	@scripts/prepare $@
-	@scripts/test debug
+	@scripts/test $(@:test-%=%)
+
+test-one:
+	@KERNEL='$(KERNEL)' scripts/prepare $@
+	@scripts/test-one $(if $(KERNEL),--kernel '$(KERNEL)') $(if $(UML),--uml '$(UML)') '$(TEST)'
 
 stress:
 	@scripts/prepare $@

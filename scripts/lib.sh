@@ -8,12 +8,21 @@ project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 build=$project/build
 root=$build/root
 me=${0##*/}
+bin=$build/bin		# our programs
 # For devanon-vm: a Debian userland for guests, and what else the tests of ubd=mmap read.
 ubd_files=(--disk "$build/uml/files.disk" --file "$build/uml/debian.img=/lib/devanon/debian.img")
 for kind in ext4 squashfs; do
 	ubd_files+=(--file "$build/uml/files.$kind=/lib/devanon/files.$kind")
 done
 kernel_lines=(7.3 7.2)	# what the module is built for and tested on, newest first
+
+# in_tree KERNEL: set $tree to devanon-vm's options for a kernel of our own: its own tree's module, if the driver is
+# not built in, in place of the one for stock kernels.
+in_tree() {
+	local module=$build/kernels/$1/modules/kernel/drivers/char/devanon/devanon.ko
+	tree=(--bare --file "$bin/devanon-tests=/bin/devanon-tests")
+	[ ! -e "$module" ] || tree+=(--file "$module=/lib/devanon/devanon.ko")
+}
 
 die() {
 	echo "$me: $*" >&2
@@ -41,10 +50,24 @@ start_log() {
 	echo "full log: $DEVANON_LOG" >&2
 }
 
-# step NAME COMMAND...: run COMMAND with its output in the log; say NAME and the time it took.
+# used: set $used to the processor time of this shell's children that have ended, in hundredths of a second.
+used() {
+	local fields
+	read -r fields <"/proc/$BASHPID/stat"
+	read -ra fields <<<"${fields##*) }"
+	used=$((fields[13] + fields[14]))
+}
+
+# took PART HUNDREDTHS SECONDS: note what a part of the work took, for scripts/shares.
+took() { printf '%s\t%s\t%s\n' "$1" "$2" "$3" >>"$build/took.tsv"; }
+
+# step NAME COMMAND...: run COMMAND with its output in the log; print NAME, the time it took and the processor time.
+# It belongs to the part of the work that DEVANON_PART names.
 step() {
-	local name=$1 start=$SECONDS status=0
+	local name=$1 start=$SECONDS status=0 before
 	shift
+	used
+	before=$used
 	printf '  %-52s ' "$name" >&2
 	printf '\n### %s: %s\n' "$name" "$*" >>"$DEVANON_LOG"
 	"$@" >>"$DEVANON_LOG" 2>&1 || status=$?
@@ -54,7 +77,9 @@ step() {
 		echo "$me: step \"$name\" failed; full log: $DEVANON_LOG" >&2
 		exit "$status"
 	fi
-	printf '%4d s\n' $((SECONDS - start)) >&2
+	used
+	printf '%4d s, %4d s CPU\n' $((SECONDS - start)) $(((used - before) / 100)) >&2
+	took "${DEVANON_PART:-$me}" $((used - before)) $((SECONDS - start))
 }
 
 # contained COMMAND...: run COMMAND in a mount and a PID namespace of its own. Its mounts

@@ -49,7 +49,7 @@ use crate::qemu::Machine;
 use crate::qemu::TimedOut;
 
 /// Programs for the VM, static.
-const STATIC: &str = "build/cargo-static/x86_64-unknown-linux-gnu/release";
+const STATIC: &str = "build/bin";
 /// What scripts/uml-guest makes.
 const UML: &str = "build/uml/rootfs-extra";
 

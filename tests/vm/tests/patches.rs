@@ -14,7 +14,7 @@ fn run(test: &str, name: &str) -> Vec<String> {
         .arg(format!(
             "--file=build/kernels/{line}/module-patched/devanon.ko=/lib/devanon/devanon.ko"
         ))
-        .arg("--file=build/cargo-static/x86_64-unknown-linux-gnu/release/devanon-tests=/bin/devanon-tests")
+        .arg("--file=build/bin/devanon-tests=/bin/devanon-tests")
         .args(["--", "devanon-tests", "--node-works", "--merges", test])
         .output()
         .expect("devanon-vm runs");
