@@ -16,12 +16,12 @@ for kind in ext4 squashfs; do
 done
 kernel_lines=(7.3 7.2)	# what the module is built for and tested on, newest first
 
-# in_tree KERNEL: set $tree to devanon-vm's options for a kernel of our own: its own tree's module, if the driver is
+# in_tree KERNEL: set $driver_options to devanon-vm's options for a kernel of our own: its own tree's module, if the driver is
 # not built in, in place of the one for stock kernels.
 in_tree() {
 	local module=$build/kernels/$1/modules/kernel/drivers/char/devanon/devanon.ko
-	tree=(--bare --file "$bin/devanon-tests=/bin/devanon-tests")
-	[ ! -e "$module" ] || tree+=(--file "$module=/lib/devanon/devanon.ko")
+	driver_options=(--bare --file "$bin/devanon-tests=/bin/devanon-tests")
+	[ ! -e "$module" ] || driver_options+=(--file "$module=/lib/devanon/devanon.ko")
 }
 
 die() {
