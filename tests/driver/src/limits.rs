@@ -76,7 +76,7 @@ impl Baseline {
     }
 }
 
-/// Files open on this machine, counted exactly.
+/// Exact number of files open on this machine.
 fn file_nr() -> Result<usize> {
     let text = fs::read_to_string("/proc/sys/fs/file-nr")?;
     Ok(text.split_whitespace().next().context("file-nr")?.parse()?)
@@ -672,7 +672,7 @@ pub fn mappings_of_a_process() -> Result<()> {
 
 /// munmap(2), as an errno.
 fn unmap(map: Map) -> c_int {
-    // SAFETY: The test mapped it, and does not use it after this.
+    // SAFETY: The test's own mapping, which it does not use afterwards.
     errno(cvt(unsafe {
         libc::munmap(map.addr.cast(), map.pages * PAGE)
     }))

@@ -681,7 +681,7 @@ impl Model<'_> {
         if by_exit {
             send(&self.channels[slot].ours, &[[EXIT, 0, 0, 0, 0, 0, 0]])?;
         } else {
-            // SAFETY: A process of ours.
+            // SAFETY: A process of this test.
             cvt(unsafe { libc::kill(process.pid, libc::SIGKILL) })?;
         }
         let mut poll = libc::pollfd {
@@ -780,7 +780,7 @@ pub fn random_operations(seed: u64, operations: u64) -> Result<()> {
     });
     let result = model.run(operations);
     for process in model.processes.iter().flatten() {
-        // SAFETY: A process of ours.
+        // SAFETY: A process of this test.
         unsafe { libc::kill(process.pid, libc::SIGKILL) };
     }
     if let Err(err) = result {

@@ -38,7 +38,7 @@ fn wait_until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> 
 /// The exit status of a child, or `None` while any thread of it is left.
 fn try_wait(pid: c_int) -> Result<Option<c_int>> {
     let mut status = 0;
-    // SAFETY: The status is ours to write.
+    // SAFETY: The kernel writes the status.
     let found =
         cvt(unsafe { libc::waitpid(pid, &mut status, libc::WNOHANG) }).context("waitpid")?;
     Ok((found == pid).then_some(status))
@@ -605,7 +605,7 @@ fn punch_holes(fd: &OwnedFd, size: usize, hint: bool) -> Result<()> {
     expect_resident(fd, 0, "all unmapped")
 }
 
-/// Huge pages of every size the kernel has, whatever its knobs say.
+/// Huge pages of every size the kernel supports, with several settings of its knobs.
 pub fn huge_pages_of_each_size() -> Result<()> {
     let sizes = huge_sizes()?;
     if sizes.is_empty() {

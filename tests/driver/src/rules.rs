@@ -772,7 +772,7 @@ pub fn collapsed_pages() -> Result<()> {
 
 pub fn larger_than_dev_shm() -> Result<()> {
     let dev = device()?;
-    // SAFETY: The result is ours to write.
+    // SAFETY: The kernel writes the result.
     let size = unsafe {
         let mut stat = std::mem::zeroed::<libc::statvfs>();
         cvt(libc::statvfs(c"/dev/shm".as_ptr(), &mut stat)).context("/dev/shm")?;

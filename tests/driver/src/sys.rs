@@ -486,7 +486,7 @@ impl Peer {
 
 pub fn wait(pid: c_int) -> Result<c_int> {
     let mut status = 0;
-    // SAFETY: The status is ours to write.
+    // SAFETY: The kernel writes the status.
     cvt(unsafe { libc::waitpid(pid, &mut status, 0) }).context("waitpid")?;
     Ok(status)
 }

@@ -1178,7 +1178,7 @@ fn keep_running(shared: &Shared, calls: u64, spawn: impl Fn() -> Result<()>) -> 
             drop(fork(|_| spawn())?);
         }
         let mut status = 0;
-        // SAFETY: The status is ours to write.
+        // SAFETY: The kernel writes the status.
         match cvt(unsafe { libc::waitpid(-1, &mut status, 0) }) {
             Ok(_) => exited += 1,
             Err(err) if err.raw_os_error() != Some(libc::ECHILD) => return Err(err.into()),
