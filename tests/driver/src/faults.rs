@@ -382,7 +382,7 @@ fn unmap_part(fault: &Fault, fd: &OwnedFd, map: Map, first: usize, pages: usize)
     let part = map.part(first, pages);
     let rest = first + pages;
     let unmapped = fault.call(NO_MEMORY, || part.unmap())?.is_some();
-    // Without memory, a huge page may not be split. Its part is zeroed, and freed with the rest.
+    // Without memory, a huge page may stay unsplit. Its part is zeroed, and freed with the rest.
     let left = present(fd)?;
     let lowest = if unmapped {
         map.pages - pages

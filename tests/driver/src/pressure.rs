@@ -564,7 +564,7 @@ fn huge_sizes() -> Result<Vec<(PathBuf, usize)>> {
 }
 
 /// Unmaps parts of four huge pages of `size` pages each, at various places.
-fn punch_holes(fd: &OwnedFd, size: usize, hint: bool) -> Result<()> {
+fn unmap_parts(fd: &OwnedFd, size: usize, hint: bool) -> Result<()> {
     let (place, all) = aligned(4 * size)?;
     for number in 0..4 {
         // A huge page may be as large as the mapping, so no mapping is larger than `size`.
@@ -624,7 +624,7 @@ pub fn huge_pages_of_each_size() -> Result<()> {
                 let made = || -> Result<u64> { Ok(fs::read_to_string(&stat)?.trim().parse()?) };
                 let before = made()?;
                 for fd in both_doors(4 * size)? {
-                    punch_holes(&fd, *size, hint)
+                    unmap_parts(&fd, *size, hint)
                         .with_context(|| format!("{mode}, each size {knob}, {size} pages"))?;
                 }
                 ensure!(
