@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Duels: two processes do two different things to the same pages at the same time.
+//! Duels: two processes act on the same pages at the same time.
 //!
 //! Each side owns a word in each page. While the side has the page mapped, its word must stay, or
 //! become zero if somebody punched a hole. When both sides are done, nothing is mapped, so no page
