@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Child processes that do something when told to.
+//! Child processes that get ready, and start working when told to.
 
 use std::fs::File;
 use std::io::Read;
@@ -15,34 +15,34 @@ use rustix::process::Pid;
 use rustix::process::WaitOptions;
 use rustix::process::waitpid;
 
-/// A child that has got ready, and waits.
+/// A child that is ready, and waits to be told.
 pub struct Child {
     pid: Pid,
     go: Option<File>,
 }
 
 impl Child {
-    /// Forks. The child does `ready`, and once it is told to, `work`, and ends; nothing of it is
-    /// dropped. Returns when it is ready. This process has one thread.
+    /// Forks. The child runs `ready`, then, once told to, `work`, and exits without dropping anything.
+    /// Returns when the child is ready. This process must be single-threaded.
     pub fn start<T>(
         ready: impl FnOnce() -> Result<T>,
         work: impl FnOnce(T) -> Result<()>,
     ) -> Result<Self> {
-        let (told, tell) = pipe()?;
-        let (hear, say) = pipe()?;
-        // SAFETY: there is one thread, so the child has all that this process has.
+        let (go_reader, go) = pipe()?;
+        let (ready_reader, ready_writer) = pipe()?;
+        // SAFETY: this process is single-threaded, so the child may call anything.
         let pid = match unsafe { libc::fork() } {
             -1 => return Err(std::io::Error::last_os_error()).context("fork"),
             0 => {
-                drop((tell, hear));
-                let life = panic::AssertUnwindSafe(|| -> Result<()> {
+                drop((go, ready_reader));
+                let body = panic::AssertUnwindSafe(|| -> Result<()> {
                     let state = ready()?;
-                    File::from(say).write_all(b"r")?;
-                    let mut word = [0];
-                    File::from(told).read_exact(&mut word)?;
+                    File::from(ready_writer).write_all(b"r")?;
+                    let mut byte = [0];
+                    File::from(go_reader).read_exact(&mut byte)?;
                     work(state)
                 });
-                let code = match panic::catch_unwind(life) {
+                let code = match panic::catch_unwind(body) {
                     Ok(Ok(())) => 0,
                     Ok(Err(error)) => {
                         eprintln!("devanon-bench: child: {error:#}");
@@ -50,28 +50,29 @@ impl Child {
                     }
                     Err(_) => 1,
                 };
-                // SAFETY: this ends the child, without what is done at the parent's exit.
+                // SAFETY: ends the child, without the parent's exit handlers.
                 unsafe { libc::_exit(code) }
             }
             pid => Pid::from_raw(pid).context("no pid")?,
         };
-        drop((told, say));
+        drop((go_reader, ready_writer));
         let child = Self {
             pid,
-            go: Some(File::from(tell)),
+            go: Some(File::from(go)),
         };
-        let mut word = [0];
-        let ready = File::from(hear).read_exact(&mut word);
+        let mut byte = [0];
+        let ready = File::from(ready_reader).read_exact(&mut byte);
         ready.context("a child did not get ready")?;
         Ok(child)
     }
 
+    /// Tells the child to start working.
     pub fn go(&mut self) -> Result<()> {
         let mut go = self.go.take().context("told already")?;
         Ok(go.write_all(b"g")?)
     }
 
-    /// Waits for its end, which must be a good one.
+    /// Waits for the child to exit. Its status must be 0.
     pub fn wait(self) -> Result<()> {
         let (_, status) = waitpid(Some(self.pid), WaitOptions::empty())?.context("no child")?;
         ensure!(status.exit_status() == Some(0), "child: {status:?}");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What an unmap costs as there is more of everything.
+//! How the cost of an unmap grows with the number of VMAs and processes.
 
 use std::time::Duration;
 
@@ -18,11 +18,11 @@ use crate::memory::Subject::*;
 use crate::memory::expect;
 use crate::timed;
 
-/// Unmaps that are measured, each by itself.
+/// Number of unmaps, each measured by itself.
 const UNMAPS: usize = 64;
 const MAX_MAPS: &str = "/proc/sys/vm/max_map_count";
 
-/// What reading the clock takes.
+/// The time it takes to read the clock.
 fn clock() -> Result<Duration> {
     let (time, ()) = timed(|| {
         for _ in 0..1000 {
@@ -33,7 +33,7 @@ fn clock() -> Result<Duration> {
     Ok(time / 1000)
 }
 
-/// The median of many, each timed by itself: a tick of the kernel's clock is as much as some of them.
+/// The median of many unmaps, each timed by itself: a timer tick may take as long as an unmap.
 fn median(mut unmap: impl FnMut(usize) -> Result<Duration>) -> Result<Cost> {
     let clock = clock()?;
     let times: Result<Vec<Duration>> = (0..UNMAPS).map(&mut unmap).collect();
@@ -42,8 +42,8 @@ fn median(mut unmap: impl FnMut(usize) -> Result<Duration>) -> Result<Cost> {
     Ok(Cost::time(times[UNMAPS / 2].saturating_sub(clock), 1))
 }
 
-/// One process has so many VMAs of one object, each of a page. Amid them in the file, a page is
-/// mapped, touched, unmapped and freed, again and again.
+/// One process has `vmas` VMAs of one object, of a page each. Between them in the file, it repeatedly
+/// maps, touches, unmaps and frees a page.
 fn unmap_amid_vmas(subject: Subject, vmas: usize) -> Result<Cost> {
     let _maps = Setting::set(MAX_MAPS, "1000000")?;
     let memory = Memory::new(subject, 2 * vmas)?;
@@ -55,7 +55,7 @@ fn unmap_amid_vmas(subject: Subject, vmas: usize) -> Result<Cost> {
     expect("VMAs", room.vmas()?, vmas)?;
     let before = subject.resident()?;
     let cost = median(|number| {
-        // Spread over the file, so that each has neighbours on both sides.
+        // Spread over the file, so that each page has neighbours on both sides.
         let page = 2 * (number * vmas / UNMAPS) + 1;
         let map = memory.map_anywhere(page, 1)?;
         map.write_all();
@@ -66,7 +66,7 @@ fn unmap_amid_vmas(subject: Subject, vmas: usize) -> Result<Cost> {
     Ok(cost)
 }
 
-/// So many other processes map the same pages. One of ours is unmapped, and stays.
+/// `others` processes map the same pages. This one unmaps a page at a time, which stays.
 fn unmap_amid_processes(subject: Subject, others: usize) -> Result<Cost> {
     let before = subject.resident()?;
     let memory = Memory::new(subject, UNMAPS)?;

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What /dev/anon and its peers cost. Runs as root in the test VM; KTAP on standard output, with what
-//! was measured as JSON in its comments, which devanon-report reads. In a VM with --icount a
-//! nanosecond is an instruction.
+//! The cost of /dev/anon and its peers. Runs as root in the test VM; KTAP on standard output, with the
+//! measurements as JSON in comments, which devanon-report reads. In a VM with --icount, a nanosecond
+//! is an instruction.
 //!
-//! Each benchmark sets up what it needs, takes the time of its operations, and checks that pages
-//! came and went as they should have. The least of the rounds counts, but
-//! for the first one.
+//! Each benchmark sets up what it needs, times its operations, and checks that pages came and went as
+//! they should. The minimum of the rounds counts, without the first round.
 
 mod child;
 mod growth;
@@ -37,30 +36,30 @@ use crate::memory::allow_files;
 
 const MODULE: &str = "/lib/devanon/devanon.ko";
 
-/// What /dev/anon and its peers cost, measured inside the test VM
+/// Measures the cost of /dev/anon and its peers inside the test VM
 ///
-/// Exit status: 0 all was measured and every check held, 1 something failed, 2 wrong usage.
+/// Exit status: 0 all benchmarks ran and every check held, 1 something failed, 2 wrong usage.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
-    /// Only benchmarks whose names have this in them
+    /// Run only benchmarks whose names contain this
     filter: Option<String>,
-    /// One round, and fewer operations in it: to see that all works
+    /// Run one round with fewer operations, to check that everything works
     #[arg(long)]
     short: bool,
-    /// Also what takes two processors
+    /// Also run the benchmarks that need two CPUs
     #[arg(long)]
     parallel: bool,
 }
 
-/// How much is measured.
+/// The extent of a run.
 #[derive(Clone, Copy)]
 pub struct Scale {
     short: bool,
 }
 
 impl Scale {
-    /// So many, or a part of it in a short run.
+    /// `number`, or a part of it in a short run.
     pub fn of(self, number: usize) -> usize {
         if self.short {
             (number / 16).max(1)
@@ -69,7 +68,7 @@ impl Scale {
         }
     }
 
-    /// Those that do not take long, in a short run.
+    /// `numbers`, or those up to a limit in a short run.
     pub fn up_to(self, numbers: &[usize]) -> Vec<usize> {
         let limit = if self.short { 1000 } else { usize::MAX };
         let numbers = numbers.iter().copied();
@@ -77,7 +76,7 @@ impl Scale {
     }
 }
 
-/// What was found: a value for each operation.
+/// The measured value, per operation.
 #[derive(Clone, Copy)]
 pub enum Cost {
     Time(f64),
@@ -109,10 +108,10 @@ pub struct Bench {
     pub name: &'static str,
     /// What one operation is.
     pub operation: &'static str,
-    /// Where on the curve, of those that belong to one.
+    /// The position on a curve, if the benchmark belongs to one.
     pub at: Option<usize>,
     pub subjects: &'static [Subject],
-    /// Rounds of a full run.
+    /// Number of rounds in a full run.
     pub rounds: usize,
     pub run: Box<dyn Fn(Subject) -> Result<Cost>>,
 }
@@ -145,14 +144,14 @@ impl Bench {
     }
 }
 
-/// The time that some work takes.
+/// Runs `work`, and returns the time it took and its result.
 pub fn timed<T>(work: impl FnOnce() -> Result<T>) -> Result<(Duration, T)> {
     let start = Instant::now();
     let done = work()?;
     Ok((start.elapsed(), done))
 }
 
-/// A setting of the kernel, as long as this lives.
+/// A kernel setting, restored on drop.
 pub struct Setting {
     path: &'static str,
     before: String,
@@ -161,7 +160,7 @@ pub struct Setting {
 impl Setting {
     pub fn set(path: &'static str, value: &str) -> Result<Self> {
         let text = fs::read_to_string(path).context(path)?;
-        // Of several words, the one in brackets.
+        // Of several words, the selected one is in brackets.
         let before = match text
             .split_once('[')
             .and_then(|(_, rest)| rest.split_once(']'))
@@ -186,7 +185,7 @@ fn busybox(words: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// The driver, room for temporary files, and swap in compressed memory.
+/// Loads the driver, mounts a tmpfs, and sets up swap on zram.
 fn set_up() -> Result<()> {
     if !Path::new("/sys/class/devanon").exists() {
         let module = File::open(MODULE).context(MODULE)?;
@@ -201,7 +200,7 @@ fn set_up() -> Result<()> {
         MountFlags::empty(),
         options,
     )?;
-    // Only where huge pages are what is measured.
+    // Only benchmarks of huge pages enable them.
     for path in [pages::SHMEM_HUGE, pages::ANON_HUGE] {
         fs::write(path, "never").context(path)?;
     }
@@ -214,20 +213,20 @@ fn set_up() -> Result<()> {
     allow_files(20_000)
 }
 
-/// Measures for each subject, and prints what was found.
+/// Runs the benchmark for each subject, and prints the results.
 fn measure(bench: &Bench, rounds: usize) -> Result<()> {
     for &subject in bench.subjects {
-        // One after the other, not in turns: how pages were freed decides how soon the next ones
-        // are found, and so each subject finds what it left itself.
-        // Of several rounds, the first is for that alone.
+        // All rounds of one subject run in a row: how pages were freed affects how fast the next ones
+        // are allocated, so each subject sees only its own effect. If there are several rounds, the
+        // first serves only to establish that.
         let costs: Result<Vec<Cost>> = (0..rounds).map(|_| (bench.run)(subject)).collect();
         let costs = costs.context(subject.name())?;
-        // The least: what else the kernel does meanwhile only adds.
+        // The minimum: other activity of the kernel only adds to the cost.
         let counted = &costs[usize::from(rounds > 1)..];
-        let least = counted
+        let minimum = counted
             .iter()
             .min_by(|a, b| a.value().total_cmp(&b.value()));
-        let least = least.context("no rounds")?;
+        let minimum = minimum.context("no rounds")?;
         println!(
             "# {}",
             json!({"measure": {
@@ -235,15 +234,15 @@ fn measure(bench: &Bench, rounds: usize) -> Result<()> {
                 "operation": bench.operation,
                 "at": bench.at,
                 "subject": subject.name(),
-                "unit": least.unit(),
-                "value": least.value(),
+                "unit": minimum.unit(),
+                "value": minimum.value(),
             }})
         );
     }
     Ok(())
 }
 
-/// Whether all went well.
+/// Returns true if every benchmark succeeded.
 fn run(args: &Args) -> Result<bool> {
     set_up().context("cannot set up")?;
     let scale = Scale { short: args.short };
@@ -256,10 +255,10 @@ fn run(args: &Args) -> Result<bool> {
     if let Some(filter) = &args.filter {
         benches.retain(|bench| bench.name.contains(filter.as_str()));
     }
-    // After that the free pages no longer lie as the boot left them, for the first benchmark alone.
+    // Shuffles the free pages: otherwise the first benchmark alone would find them as left by boot.
     pages::free(Subject::Memfd, scale.of(pages::MANY), 1)?;
     println!("KTAP version 1\n1..{}", benches.len());
-    let mut good = true;
+    let mut passed = true;
     for (number, bench) in (1..).zip(&benches) {
         let start = Instant::now();
         let done = measure(bench, if args.short { 1 } else { bench.rounds });
@@ -269,11 +268,11 @@ fn run(args: &Args) -> Result<bool> {
             Ok(()) => println!("ok {title} # {:.1} s", start.elapsed().as_secs_f64()),
             Err(error) => {
                 println!("# {error:#}\nnot ok {title}");
-                good = false;
+                passed = false;
             }
         }
     }
-    Ok(good)
+    Ok(passed)
 }
 
 fn main() -> ExitCode {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The doors and their peers, each as what it takes to map its pages and to give them back.
+//! The doors and their peers: for each, how to map its pages and how to give them back.
 
 use std::ffi::c_void;
 use std::fs;
@@ -35,31 +35,31 @@ use rustix::mm::munmap;
 pub const PAGE: usize = 4096;
 /// Pages of a huge page.
 pub const HUGE: usize = 512;
-/// A tmpfs for temporary files, with room for all that is measured.
+/// The mount point of a tmpfs for temporary files, large enough for all benchmarks.
 pub const TMPFS: &str = "/bench";
 
 const RW: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 
-/// Where pages come from.
+/// A source of pages.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Subject {
     /// `mmap` of /dev/anon itself.
     Device,
     /// The file of /dev/anon's ioctl.
     Ioctl,
-    /// memfd_create(2); pages are given back by a hole punched with fallocate(2).
+    /// memfd_create(2); pages are given back by punching a hole with fallocate(2).
     Memfd,
     /// A temporary file on tmpfs; pages are given back by MADV_REMOVE.
     Tmpfs,
-    /// A shared mapping of /dev/zero; pages go when it is unmapped as a whole.
+    /// A shared mapping of /dev/zero; pages are freed when it is unmapped as a whole.
     Zero,
-    /// Private anonymous memory: no file, nobody to share with. The limit of what can be.
+    /// Private anonymous memory: no file, no sharing. The best possible case.
     Private,
 }
 
 use Subject::*;
 
-/// All that have a file descriptor, so that any part of them can be mapped, more than once.
+/// The subjects with a file descriptor: any part of them can be mapped, more than once.
 pub const FILES: &[Subject] = &[Device, Ioctl, Memfd, Tmpfs];
 pub const ALL: &[Subject] = &[Device, Ioctl, Memfd, Tmpfs, Zero, Private];
 /// All but [`Zero`], of which no part can be given back.
@@ -77,9 +77,9 @@ impl Subject {
         }
     }
 
-    /// Pages of this kind in the whole machine.
+    /// Number of pages of this kind in the whole machine.
     pub fn resident(self) -> Result<usize> {
-        // Each CPU counts for itself at first; this adds the counts up.
+        // Folds the per-CPU counters into the total.
         fs::write("/proc/sys/vm/stat_refresh", "1").context("stat_refresh")?;
         vmstat(match self {
             Private => "nr_anon_pages",
@@ -87,7 +87,7 @@ impl Subject {
         })
     }
 
-    /// A descriptor of new memory, of size 0 if its size can be set.
+    /// A descriptor of new memory, with size 0 if the size can be set.
     pub fn open(self) -> io::Result<Option<OwnedFd>> {
         let open = |path, flags| openat(CWD, path, flags | OFlags::RDWR, Mode::RUSR | Mode::WUSR);
         Ok(Some(match self {
@@ -101,7 +101,7 @@ impl Subject {
     }
 }
 
-/// A number of /proc/vmstat.
+/// A counter in /proc/vmstat.
 pub fn vmstat(name: &str) -> Result<usize> {
     let text = fs::read_to_string("/proc/vmstat")?;
     let line = text
@@ -124,7 +124,7 @@ pub fn new_file(device: &OwnedFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Memory of one object.
+/// The memory of one object.
 pub struct Memory {
     pub subject: Subject,
     pub fd: Option<OwnedFd>,
@@ -141,8 +141,8 @@ impl Memory {
         Ok(Self { subject, fd })
     }
 
-    /// Maps `pages` pages from `page` on, at a multiple of a huge page: so that all subjects need
-    /// the same page tables, and can have huge pages.
+    /// Maps `pages` pages from `page` on, aligned to a huge page, so that all subjects need the same
+    /// page tables and can have huge pages.
     pub fn map(&self, page: usize, pages: usize) -> Result<Map> {
         let room = Map::reserve(pages + HUGE)?;
         room.unmap()?;
@@ -161,7 +161,7 @@ impl Memory {
 
     fn map_at(&self, at: *mut u8, flags: MapFlags, page: usize, pages: usize) -> Result<Map> {
         let (at, size) = (at.cast(), pages * PAGE);
-        // SAFETY: where it is fixed, it replaces a mapping of ours that nobody else points into.
+        // SAFETY: a fixed address replaces a mapping of this process that nobody points into.
         let start = unsafe {
             match &self.fd {
                 Some(fd) => {
@@ -177,8 +177,8 @@ impl Memory {
         })
     }
 
-    /// Unmaps pages and gives them back, by whatever calls that takes; `page` is the first one's
-    /// place in the file.
+    /// Unmaps pages and frees them, by whatever calls that takes. `page` is the offset of the first
+    /// one in the file.
     #[inline]
     pub fn give_back(&self, map: Map, page: usize) -> Result<()> {
         match self.subject {
@@ -195,7 +195,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Unmaps what is left of `map`, and frees all of it.
+    /// Unmaps the rest of `map`, and frees all its pages.
     pub fn discard(&self, map: Map) -> Result<()> {
         map.unmap()?;
         if matches!(self.subject, Memfd | Tmpfs) {
@@ -225,7 +225,7 @@ pub struct Map {
 }
 
 impl Map {
-    /// Addresses with nothing behind them, to map over.
+    /// Reserves inaccessible address space, to map over.
     pub fn reserve(pages: usize) -> Result<Self> {
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: a new mapping, wherever there is room.
@@ -237,11 +237,11 @@ impl Map {
         })
     }
 
-    /// Maps pages of a file in place of this, to be read only.
+    /// Maps pages of a file over this, read-only.
     #[inline]
     pub fn cover(self, file: impl AsFd, page: usize) -> io::Result<()> {
         let (flags, offset) = (MapFlags::SHARED | MapFlags::FIXED, (page * PAGE) as u64);
-        // SAFETY: it replaces a mapping of ours that nobody else points into.
+        // SAFETY: it replaces a mapping of this process that nobody points into.
         unsafe {
             mmap(
                 self.start.cast::<c_void>(),
@@ -263,13 +263,13 @@ impl Map {
         }
     }
 
-    /// So many pages of it, from the first address on that is a multiple of `alignment` pages.
+    /// `pages` pages of this, from the first address that is a multiple of `alignment` pages.
     pub fn aligned(self, alignment: usize, pages: usize) -> Self {
         let first = (self.start as usize).next_multiple_of(alignment * PAGE);
         self.part((first - self.start as usize) / PAGE, pages)
     }
 
-    /// Its parts of `pages` pages each, and the first page of each.
+    /// The parts of `pages` pages each, with the index of their first page.
     pub fn pieces(self, pages: usize) -> impl Iterator<Item = (usize, Self)> {
         (0..self.pages)
             .step_by(pages)
@@ -278,7 +278,7 @@ impl Map {
 
     #[inline]
     pub fn unmap(self) -> io::Result<()> {
-        // SAFETY: a mapping of ours that nobody points into any more.
+        // SAFETY: a mapping of this process that nobody points into any more.
         unsafe { munmap(self.start.cast(), self.pages * PAGE) }
     }
 
@@ -292,13 +292,13 @@ impl Map {
     }
 
     fn advise(self, advice: Advice) -> io::Result<()> {
-        // SAFETY: nobody keeps a reference to what is in there.
+        // SAFETY: nobody keeps a reference into the mapping.
         unsafe { madvise(self.start.cast(), self.pages * PAGE, advice) }
     }
 
     #[inline]
     pub fn write(self, page: usize, value: u64) {
-        // SAFETY: mapped, and a word of it is aligned.
+        // SAFETY: mapped and aligned.
         unsafe {
             self.start
                 .add(page * PAGE)
@@ -321,13 +321,13 @@ impl Map {
         }
     }
 
-    /// Reads each page and adds up.
+    /// Reads each page, and returns the sum.
     #[inline]
     pub fn read_all(self) -> u64 {
         (0..self.pages).map(|page| self.read(page)).sum()
     }
 
-    /// How many of its pages are in memory.
+    /// Number of pages in memory.
     pub fn in_core(self) -> Result<usize> {
         let mut pages = vec![0u8; self.pages];
         // SAFETY: there is a byte for each page.
@@ -337,7 +337,7 @@ impl Map {
         Ok(pages.iter().filter(|page| *page & 1 != 0).count())
     }
 
-    /// VMAs of this process that begin in it.
+    /// Number of VMAs that begin in this range.
     pub fn vmas(self) -> Result<usize> {
         let (first, end) = (self.start as usize, self.start as usize + self.pages * PAGE);
         let maps = fs::read_to_string("/proc/self/maps")?;
@@ -348,7 +348,7 @@ impl Map {
     }
 }
 
-/// A file of pages that differ, in the page cache: the disk image of a guest.
+/// A file of distinct pages in the page cache, like the disk image of a guest.
 pub fn image(pages: usize) -> Result<File> {
     let file = Tmpfs.open()?.context("no file")?;
     ftruncate(&file, (pages * PAGE) as u64)?;
@@ -370,13 +370,13 @@ pub fn image_word(page: usize) -> u64 {
     !(page as u64)
 }
 
-/// Whether what should have happened to the pages of a kind did.
-pub fn expect(what: &str, is: usize, wanted: usize) -> Result<()> {
-    ensure!(is == wanted, "{what}: {is}, wanted {wanted}");
+/// Fails unless a number is as expected.
+pub fn expect(what: &str, found: usize, expected: usize) -> Result<()> {
+    ensure!(found == expected, "{what}: {found}, expected {expected}");
     Ok(())
 }
 
-/// Room for so many descriptors.
+/// Sets the limit of open descriptors.
 pub fn allow_files(files: u64) -> Result<()> {
     use rustix::process::{Resource, Rlimit, setrlimit};
     let limit = Rlimit {

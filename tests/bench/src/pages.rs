@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a page costs: touched, unmapped, mapped over, swapped in.
+//! The cost of a page: touched, unmapped, mapped over, swapped in.
 
 use std::ffi::CStr;
 
@@ -38,21 +38,21 @@ const MAX_MAPS: &str = "/proc/sys/vm/max_map_count";
 pub const SHMEM_HUGE: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 pub const ANON_HUGE: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 
-/// The program's own heap may grow by so many pages while private ones are counted.
+/// Number of pages by which the program's own heap may grow while private pages are counted.
 const HEAP: usize = 64;
 
-/// Pages that came since `before` are so many.
-fn expect_new(subject: Subject, before: usize, wanted: usize) -> Result<()> {
+/// Fails unless there are `expected` more pages than `before`.
+fn expect_new(subject: Subject, before: usize, expected: usize) -> Result<()> {
     let new = subject.resident()?.wrapping_sub(before) as isize;
     let slack = if subject == Private { HEAP } else { 0 };
     ensure!(
-        new.abs_diff(wanted as isize) <= slack,
-        "{new} pages are there, wanted {wanted}"
+        new.abs_diff(expected as isize) <= slack,
+        "{new} new pages, expected {expected}"
     );
     Ok(())
 }
 
-/// What so many pages have in them once they were all written.
+/// The sum of the content of `pages` pages after all were written.
 fn sum_of(pages: usize) -> u64 {
     (1..=pages as u64).sum()
 }
@@ -77,14 +77,14 @@ fn read_first(subject: Subject, pages: usize) -> Result<Cost> {
     let map = memory.map(0, pages)?;
     let (time, sum) = timed(|| Ok(map.read_all()))?;
     ensure!(sum == 0, "new memory is not zero");
-    // Private memory that was only read has the one page of zeros everywhere.
+    // Private memory that was only read maps the shared zero page.
     expect_new(subject, before, if subject == Private { 0 } else { pages })?;
     memory.give_back(map, 0)?;
     expect_new(subject, before, 0)?;
     Ok(Cost::time(time, pages))
 }
 
-/// Two mappings of the same pages; the first is unmapped, the second touched.
+/// Of two mappings of the same pages, the first is unmapped, and the second touched.
 fn touch_again(subject: Subject, pages: usize, write: bool) -> Result<Cost> {
     let before = subject.resident()?;
     let memory = Memory::new(subject, pages)?;
@@ -100,14 +100,14 @@ fn touch_again(subject: Subject, pages: usize, write: bool) -> Result<Cost> {
             second.read_all()
         })
     })?;
-    ensure!(write || sum == sum_of(pages), "other data");
+    ensure!(write || sum == sum_of(pages), "wrong data");
     expect_new(subject, before, pages)?;
     memory.give_back(second, 0)?;
     expect_new(subject, before, 0)?;
     Ok(Cost::time(time, pages))
 }
 
-/// One of two mappings goes, piece by piece: nothing is to be freed.
+/// One of two mappings is unmapped piece by piece, which must free nothing.
 fn unmap_one_of_two(subject: Subject, pages: usize, piece: usize) -> Result<Cost> {
     let before = subject.resident()?;
     let memory = Memory::new(subject, pages)?;
@@ -142,12 +142,12 @@ pub fn free(subject: Subject, pages: usize, piece: usize) -> Result<Cost> {
     Ok(Cost::time(time, pages))
 }
 
-/// A hole is punched over each page of a file that nobody maps, where there is one or where there is
-/// none: the difference is what the kernel needs to remove one page.
-fn punch(subject: Subject, pages: usize, there: bool) -> Result<Cost> {
+/// Punches a hole over each page of an unmapped file, with the page present or absent: the difference
+/// is the kernel's cost of removing one page.
+fn punch(subject: Subject, pages: usize, present: bool) -> Result<Cost> {
     let before = subject.resident()?;
     let memory = Memory::new(subject, pages)?;
-    if there {
+    if present {
         let map = memory.map(0, pages)?;
         map.write_all();
         map.unmap()?;
@@ -163,7 +163,7 @@ fn punch(subject: Subject, pages: usize, there: bool) -> Result<Cost> {
     Ok(Cost::time(time, pages))
 }
 
-/// Each third page goes.
+/// Every third page is given back.
 fn free_holes(subject: Subject, holes: usize) -> Result<Cost> {
     let before = subject.resident()?;
     let memory = Memory::new(subject, 3 * holes)?;
@@ -181,7 +181,7 @@ fn free_holes(subject: Subject, holes: usize) -> Result<Cost> {
     Ok(Cost::time(time, holes))
 }
 
-/// A process with so many VMAs of so many pages each ends, and what it had is freed.
+/// A process with `vmas` VMAs of `pages` pages each exits, and its pages are freed.
 fn exit(subject: Subject, vmas: usize, pages: usize) -> Result<Cost> {
     let before = subject.resident()?;
     let memory = Memory::new(subject, vmas * pages)?;
@@ -210,8 +210,8 @@ fn exit(subject: Subject, vmas: usize, pages: usize) -> Result<Cost> {
     Ok(Cost::time(time, vmas * pages))
 }
 
-/// Pages of a file are mapped over runs of ours, as `ubd=mmap` does: each other run. What was there
-/// is given back, or stays in its file.
+/// Maps pages of a file over every other run of pages, as `ubd=mmap` does. The pages below are given
+/// back, or stay in their file.
 fn map_over(subject: Subject, runs: usize, run: usize, stays: bool) -> Result<Cost> {
     let image = image(runs * run)?;
     let before = subject.resident()?;
@@ -231,17 +231,17 @@ fn map_over(subject: Subject, runs: usize, run: usize, stays: bool) -> Result<Co
     expect_new(subject, before, if stays { 2 } else { 1 } * runs * run)?;
     for page in 0..2 * runs * run {
         let number = page / (2 * run);
-        let wanted = match page % (2 * run) {
+        let expected = match page % (2 * run) {
             first if first < run => image_word(number * run + first),
             _ => page as u64 + 1,
         };
-        ensure!(map.read(page) == wanted, "other data in page {page}");
+        ensure!(map.read(page) == expected, "wrong data in page {page}");
     }
     memory.discard(map)?;
     Ok(Cost::time(time, runs * run))
 }
 
-/// Huge pages wherever they can be, as long as this lives.
+/// Enables huge pages everywhere, until dropped.
 struct HugePages {
     _shmem: Setting,
     _private: Setting,
@@ -303,14 +303,14 @@ fn free_huge(subject: Subject, pages: usize, piece: usize) -> Result<Cost> {
         }
         Ok(())
     })?;
-    // A private huge page is split later than its parts are unmapped.
+    // A private huge page is split only some time after its parts are unmapped.
     if subject != Private {
         expect_new(subject, resident, 0)?;
     }
     Ok(Cost::time(time, pages))
 }
 
-/// Pages that were swapped out are read, one by one.
+/// Reads swapped-out pages, one by one.
 fn swap_in(subject: Subject, pages: usize) -> Result<Cost> {
     let memory = Memory::new(subject, pages)?;
     let map = memory.map(0, pages)?;
@@ -322,10 +322,10 @@ fn swap_in(subject: Subject, pages: usize) -> Result<Cost> {
         "{in_core} of {pages} pages are still in memory"
     );
     let (time, sum) = timed(|| Ok(map.read_all()))?;
-    ensure!(sum == sum_of(pages), "other data");
+    ensure!(sum == sum_of(pages), "wrong data");
     ensure!(
         vmstat("pswpin")? - before >= pages - in_core,
-        "they were not in swap"
+        "the pages were not read from swap"
     );
     memory.discard(map)?;
     Ok(Cost::time(time, pages))

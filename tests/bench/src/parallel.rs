@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Two processes at once. They need two processors, so instructions are not counted.
+//! Two processes at once. They need two CPUs, so instructions cannot be counted.
 
 use anyhow::Result;
 use rustix::thread::CpuSet;
@@ -17,10 +17,10 @@ use crate::memory::expect;
 use crate::timed;
 
 const PROCESSES: usize = 2;
-/// Pages that are mapped, touched and freed at once.
+/// Number of pages mapped, touched and freed at a time.
 const PAGES: usize = 16;
 
-/// Each process maps, touches and frees pages of its own, of one object or of one each.
+/// Each process maps, touches and frees its own pages, of a common object or of its own one.
 fn together(subject: Subject, turns: usize, one_object: bool) -> Result<Cost> {
     let before = subject.resident()?;
     let pages = PROCESSES * PAGES;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What an object costs, and a mapping of it: time, memory, VMAs.
+//! The cost of an object and of a mapping of it: time, memory, VMAs.
 
 use std::fs;
 use std::os::fd::OwnedFd;
@@ -25,7 +25,7 @@ use crate::memory::Subject::*;
 use crate::memory::new_file;
 use crate::timed;
 
-/// A new object. One of the ioctl comes from `device`: not the device's own open and close.
+/// A new object. For the ioctl it comes from `device`, so opening the device is not measured.
 fn open(subject: Subject, device: &OwnedFd) -> Result<Memory> {
     let fd = match subject {
         Ioctl => Some(new_file(device)?),
@@ -52,9 +52,9 @@ fn open_close(subject: Subject, times: usize, mapped: bool) -> Result<Cost> {
     Ok(Cost::time(time, times))
 }
 
-/// The kernel's own objects, in bytes.
-fn kernel_objects() -> Result<usize> {
-    // What is no object any more goes first: what waits for RCU, and free room in the caches.
+/// Memory of the kernel's slab objects, in bytes.
+fn slab_bytes() -> Result<usize> {
+    // First lets freed objects go: those that wait for RCU, and free slabs in the caches.
     thread::sleep(Duration::from_millis(100));
     for cache in fs::read_dir("/sys/kernel/slab").context("/sys/kernel/slab")? {
         fs::write(cache?.path().join("shrink"), "1").context("shrink")?;
@@ -65,17 +65,17 @@ fn kernel_objects() -> Result<usize> {
     Ok(words.context("no number")?.parse::<usize>()? << 10)
 }
 
-/// With a mapping of each: the device has no memory before.
+/// Each object has a mapping, as the device creates its memory at the first one.
 fn object_bytes(subject: Subject, objects: usize) -> Result<Cost> {
     let device = device()?;
     let mut held = Vec::with_capacity(objects);
-    let before = kernel_objects()?;
+    let before = slab_bytes()?;
     for _ in 0..objects {
         let memory = open(subject, &device)?;
         let map = memory.map_anywhere(0, 1)?;
         held.push((memory, map));
     }
-    let bytes = kernel_objects()?.saturating_sub(before);
+    let bytes = slab_bytes()?.saturating_sub(before);
     for (_, map) in &held {
         map.unmap()?;
     }
@@ -85,18 +85,18 @@ fn object_bytes(subject: Subject, objects: usize) -> Result<Cost> {
 fn mapping_bytes(subject: Subject, maps: usize) -> Result<Cost> {
     let memory = Memory::new(subject, 2 * maps)?;
     let room = Map::reserve(2 * maps)?;
-    let before = kernel_objects()?;
+    let before = slab_bytes()?;
     for number in 0..maps {
         memory.map_over(room.part(2 * number, 1), 2 * number)?;
     }
-    let bytes = kernel_objects()?.saturating_sub(before);
+    let bytes = slab_bytes()?.saturating_sub(before);
     let vmas = room.vmas()?;
     room.unmap()?;
-    // Each splits what was reserved there: two VMAs more.
+    // Each mapping splits the reservation, which makes two more VMAs.
     Ok(Cost::Bytes(bytes as f64 / (vmas / 2) as f64))
 }
 
-/// VMAs that neighbours in memory and in the file become.
+/// Number of VMAs that mappings adjacent in memory and in the file make.
 fn vmas(subject: Subject, maps: usize) -> Result<Cost> {
     let memory = Memory::new(subject, maps)?;
     let room = Map::reserve(maps)?;

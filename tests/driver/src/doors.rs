@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The two doors, the device and its ioctl: right use, wrong use, loading and unloading.
+//! The two doors, the device and its ioctl: correct use, misuse, loading and unloading.
 
 use crate::sys::*;
 use anyhow::{Context, Result, ensure};
@@ -48,7 +48,7 @@ pub fn node_by_hand() -> Result<()> {
     Ok(())
 }
 
-pub fn mem_devices_go_on() -> Result<()> {
+pub fn mem_devices_still_work() -> Result<()> {
     fs::write("/dev/null", "x")?;
     let mut byte = [1];
     fs::File::open("/dev/zero")?.read_exact(&mut byte)?;
@@ -56,7 +56,7 @@ pub fn mem_devices_go_on() -> Result<()> {
     Ok(())
 }
 
-/// What a guest of 2004 does (arch/um of 2.4.23 to 2.6.16).
+/// What a UML guest of 2004 does (arch/um of 2.4.23 to 2.6.16).
 pub fn historic_guest() -> Result<()> {
     let _probe = device()?;
     let dev = device()?;
@@ -69,7 +69,7 @@ pub fn historic_guest() -> Result<()> {
     let flags = libc::MAP_SHARED | libc::MAP_FIXED;
     let physmem = Map::new(place.addr, pages - 16, prot, flags, dev.as_raw_fd(), 16)?;
     physmem.fill(TAG);
-    // A process of the guest: another address, single pages, up to the last.
+    // A process of the guest maps single pages, up to the last, at other addresses.
     let process = Map::reserve(pages)?;
     for page in [16, 17, 500, pages - 1] {
         let at = process.part(page, 1);
@@ -77,10 +77,10 @@ pub fn historic_guest() -> Result<()> {
         ensure!(map.read(0) == TAG + page as u64 - 16, "page {page}");
     }
     process.unmap()?;
-    expect_resident(&dev, pages - 16, "a process of the guest ended")?;
+    expect_resident(&dev, pages - 16, "a process of the guest is gone")?;
     physmem.check(TAG)?;
     physmem.unmap()?;
-    expect_resident(&dev, 0, "the guest ended")
+    expect_resident(&dev, 0, "the guest is gone")
 }
 
 pub fn offsets_up_to_the_limit() -> Result<()> {
@@ -150,7 +150,7 @@ pub fn userfaultfd_is_refused() -> Result<()> {
     const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
 
     let register = |map: Map| -> Result<io::Result<i32>> {
-        // SAFETY: The argument structures are as the kernel's, and live through the calls.
+        // SAFETY: The argument structures match the kernel's, and outlive the calls.
         unsafe {
             let fd = cvt(libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) as i32)
                 .context("userfaultfd")?;
@@ -177,28 +177,28 @@ pub fn fdinfo_and_maps() -> Result<()> {
         map.part(0, 48).fill(TAG);
         map.part(0, 16).unmap()?;
         let found = info(fd)?;
-        let wanted = Info {
+        let expected = Info {
             size,
             resident: 32,
             swapped: 0,
             freed: 16,
         };
-        ensure!(found == wanted, "{found:?}, not {wanted:?}");
+        ensure!(found == expected, "{found:?}, expected {expected:?}");
         let maps = fs::read_to_string("/proc/self/maps")?;
         let line = maps
             .lines()
             .find(|line| line.starts_with(&format!("{:x}-", map.addr as usize + 16 * PAGE)))
-            .context("not in maps")?;
+            .context("the mapping is not in maps")?;
         ensure!(line.contains("/dev/anon"), "{line}");
     }
-    // Two descriptors of one open are one file.
+    // Two descriptors of one open share the file.
     ensure!(info(&dev.try_clone()?)? == info(&dev)?);
     Ok(())
 }
 
-/// The memory of an open is made by its first mapping. Two processes map at the same time, and have
+/// The first mapping of an open creates its memory. Two processes that map at the same time must get
 /// the same memory.
-pub fn two_first_mappings_at_once() -> Result<()> {
+pub fn concurrent_first_mappings() -> Result<()> {
     const OPENS: usize = 300;
     let unmapped = Info {
         size: i64::MAX as u64,
@@ -207,17 +207,20 @@ pub fn two_first_mappings_at_once() -> Result<()> {
         freed: 0,
     };
     let all: Vec<OwnedFd> = (0..OPENS).map(|_| device()).collect::<Result<_>>()?;
-    ensure!(info(&all[0])? == unmapped, "not mapped yet");
+    ensure!(
+        info(&all[0])? == unmapped,
+        "unexpected fdinfo before the first mapping"
+    );
     let progress = Map::shared(&memfd(1)?, 1, 0)?;
-    // Each writes to a page of its own, and waits before each map for the other to come as far.
+    // Each process writes to its own page, and waits before each mmap(2) for the other to catch up.
     let map_all = |number: usize| -> Result<Vec<Map>> {
-        let of = |number| {
-            // SAFETY: A word of a mapping that stays, and is only used so.
+        let turn_of = |number| {
+            // SAFETY: A word of a mapping that stays, and is only accessed atomically.
             unsafe { AtomicU64::from_ptr(progress.word(0, number)) }
         };
         let map = |(turn, dev)| -> Result<Map> {
-            of(number).store(turn, Ordering::SeqCst);
-            while of(1 - number).load(Ordering::SeqCst) < turn {
+            turn_of(number).store(turn, Ordering::SeqCst);
+            while turn_of(1 - number).load(Ordering::SeqCst) < turn {
                 std::hint::spin_loop();
             }
             let map = Map::shared(dev, 2, 0)?;
@@ -282,7 +285,7 @@ pub fn ioctl_file_frees_on_unmap() -> Result<()> {
     let second = Map::shared(&file, 8, 8)?;
     map.fill(TAG);
     map.unmap()?;
-    expect_resident(&file, 8, "kept by the second")?;
+    expect_resident(&file, 8, "kept by the second mapping")?;
     second.check(TAG + 8)?;
     second.unmap()?;
     expect_resident(&file, 0, "all unmapped")?;
@@ -292,7 +295,7 @@ pub fn ioctl_file_frees_on_unmap() -> Result<()> {
     file.read_exact(&mut content)?;
     ensure!(
         content.iter().all(|byte| *byte == 0),
-        "read finds what was freed"
+        "read(2) found freed data"
     );
     Ok(())
 }
@@ -304,9 +307,9 @@ pub fn ioctl_file_keeps_what_was_never_mapped() -> Result<()> {
     writer.write_all(&page)?;
     writer.write_all(&page)?;
     Map::shared(&file, 4, 4)?.unmap()?;
-    expect_resident(&file, 2, "another part mapped and unmapped")?;
+    expect_resident(&file, 2, "other pages mapped and unmapped")?;
     Map::shared(&file, 1, 1)?.unmap()?;
-    expect_resident(&file, 1, "its own mapping went away")?;
+    expect_resident(&file, 1, "one of the written pages mapped and unmapped")?;
     ensure!(
         Map::shared(&file, 1, 0)?.read(0) == u64::from_ne_bytes([7; 8]),
         "written data lost"
@@ -318,18 +321,24 @@ pub fn ioctl_file_outlives_the_device_file() -> Result<()> {
     let refs = module_refs()?;
     let held = refs + usize::from(need_module().is_ok());
     let file = ioctl_file(4)?;
-    ensure!(module_refs()? == held, "the file holds the module once");
+    ensure!(
+        module_refs()? == held,
+        "the file does not hold one module reference"
+    );
     let map = Map::shared(&file, 4, 0)?;
     map.fill(TAG);
     drop(file);
     map.check(TAG)?;
-    ensure!(module_refs()? == held, "the mapping holds the module");
+    ensure!(
+        module_refs()? == held,
+        "the mapping does not hold the module"
+    );
     map.unmap()?;
-    ensure!(module_refs()? == refs, "a reference is left");
+    ensure!(module_refs()? == refs, "a module reference was leaked");
     Ok(())
 }
 
-/// Beyond its end, a touch is a SIGBUS, as with every file.
+/// A touch beyond the end of the file is a SIGBUS, as with any file.
 pub fn ioctl_file_ends_at_its_size() -> Result<()> {
     let file = ioctl_file(4)?;
     let map = Map::shared(&file, 8, 0)?;
@@ -382,16 +391,16 @@ pub fn ioctl_wrong_use() -> Result<()> {
 
 pub fn ioctl_cloexec() -> Result<()> {
     let dev = device()?;
-    for (flags, wanted) in [(0, 0), (DEVANON_CLOEXEC, libc::FD_CLOEXEC)] {
+    for (flags, expected) in [(0, 0), (DEVANON_CLOEXEC, libc::FD_CLOEXEC)] {
         let file = ioctl_new(&dev, flags, 0)?;
         // SAFETY: No memory involved.
         let found = cvt(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFD) })?;
-        ensure!(found == wanted, "flags {flags}: FD_CLOEXEC {found}");
+        ensure!(found == expected, "flags {flags}: FD_CLOEXEC {found}");
     }
     Ok(())
 }
 
-/// `vm.memfd_noexec` knows nothing of these files, so none is ever executable.
+/// `vm.memfd_noexec` does not apply to these files, so none is ever executable.
 pub fn ioctl_file_is_not_executable() -> Result<()> {
     let file = fs::File::from(ioctl_new(&device()?, 0, 0)?);
     let mode = file.metadata()?.mode() & 0o7777;
@@ -401,7 +410,7 @@ pub fn ioctl_file_is_not_executable() -> Result<()> {
     expect_errno("fchmod to executable", chmod, libc::EPERM)?;
     io::copy(&mut fs::File::open("/bin/busybox")?, &mut &file)?;
     let argv = [c"true".as_ptr(), ptr::null()];
-    // SAFETY: Strings and arrays that end with null. Returns only if it failed.
+    // SAFETY: NUL-terminated strings and null-terminated arrays. Returns only on failure.
     let exec = cvt(unsafe { libc::fexecve(file.as_raw_fd(), argv.as_ptr(), argv[1..].as_ptr()) });
     expect_errno("fexecve", exec, libc::EACCES)
 }
@@ -413,7 +422,7 @@ pub fn out_of_descriptors() -> Result<()> {
         rlim_cur: dev.as_raw_fd() as u64 + 1,
         rlim_max: 4096,
     };
-    // SAFETY: The limit is ours to read.
+    // SAFETY: The kernel reads the limit.
     cvt(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) })?;
     for _ in 0..100 {
         expect_errno("DEVANON_IOC_NEW", ioctl_new(&dev, 0, 0), libc::EMFILE)?;
@@ -425,12 +434,12 @@ pub fn out_of_descriptors() -> Result<()> {
     };
     // SAFETY: As above.
     cvt(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) })?;
-    ensure!(module_refs()? == refs, "references are left");
+    ensure!(module_refs()? == refs, "module references were leaked");
     Ok(())
 }
 
-/// 1,000 one-page maps side by side are as many VMAs as with a memfd: one.
-/// Through the device only if the driver maps by `.mmap_prepare`.
+/// 1,000 adjacent mappings of a page make as many VMAs as with a memfd: one.
+/// With the device, that holds only if the driver implements `.mmap_prepare`.
 pub fn vmas_merge_as_with_memfd(merges: bool) -> Result<()> {
     let pages = 1_000;
     let count = |file: &OwnedFd, down: bool| -> Result<usize> {
@@ -450,13 +459,13 @@ pub fn vmas_merge_as_with_memfd(merges: bool) -> Result<()> {
         let ours = count(&ioctl_file(pages)?, down)?;
         ensure!(
             ours == peer,
-            "downwards {down}: {ours} more VMAs, {peer} with a memfd"
+            "downwards {down}: {ours} new VMAs, {peer} with a memfd"
         );
         if merges {
             let ours = count(&device()?, down)?;
             ensure!(
                 ours == peer,
-                "the device, downwards {down}: {ours} more VMAs, {peer} with a memfd"
+                "the device, downwards {down}: {ours} new VMAs, {peer} with a memfd"
             );
         }
     }
@@ -477,7 +486,7 @@ pub fn reopened_file_keeps_the_rule() -> Result<()> {
     Map::shared(&file, 16, 0)?.check(TAG)?;
     drop(file);
     map.part(0, 8).unmap()?;
-    // The first mapping made above is still there.
+    // The mapping made through `file` is still there.
     expect_resident(&again, 16, "kept by the other file's mapping")?;
 
     let read_only = reopen(&again, libc::O_RDONLY)?;
@@ -507,13 +516,13 @@ pub fn mapping_opened_through_map_files() -> Result<()> {
     let file = open(&path, libc::O_RDWR).context("map_files")?;
     let second = Map::shared(&file, 16, 0)?;
     second.check(TAG)?;
-    // Not mapped by anybody: from now on a close frees what it closes, and no more.
+    // This page is written, but never mapped: from now on, a close frees only the closed range.
     let file = fs::File::from(file);
     file.write_all_at(b"kept", 100 * PAGE as u64)?;
     map.unmap()?;
     expect_resident(&dev, 17, "kept by the second mapping")?;
     second.unmap()?;
-    expect_resident(&dev, 1, "all unmapped, one written")?;
+    expect_resident(&dev, 1, "all unmapped, one page written")?;
     let mut word = [0; 4];
     file.read_exact_at(&mut word, 100 * PAGE as u64)?;
     ensure!(&word == b"kept", "{word:?}");
@@ -567,7 +576,7 @@ pub fn unload_is_refused_while_in_use() -> Result<()> {
     load(MODULE, "").context("load again")
 }
 
-/// An `O_PATH` descriptor holds the inode, but neither a file nor the module.
+/// An `O_PATH` descriptor pins the inode, but neither the file nor the module.
 pub fn o_path_outlives_the_module() -> Result<()> {
     need_module()?;
     let file = ioctl_file(4)?;
@@ -576,20 +585,20 @@ pub fn o_path_outlives_the_module() -> Result<()> {
     let map = Map::shared(&again, 4, 0)?;
     map.fill(TAG);
     map.unmap()?;
-    expect_resident(&again, 0, "opened by way of O_PATH, unmapped")?;
+    expect_resident(&again, 0, "reopened through O_PATH, unmapped")?;
     drop((file, again));
 
     unload("devanon").context("with an O_PATH descriptor left")?;
-    // What is left is a file of tmpfs.
+    // Without the module, it is a plain tmpfs file.
     let plain = reopen(&path, libc::O_RDWR).context("after the module is gone");
     let used = plain.and_then(|plain| Map::shared(&plain, 4, 0)?.check_zero());
     load(MODULE, "")?;
     used
 }
 
-/// A node opened before the module was loaded remembers that there was nothing: a trap of
-/// `chrdev_open()`. The cure is to make it anew.
-/// On a stock kernel the node is stale from then on; a patched one forgets the failed open.
+/// `chrdev_open()` ties an inode to the cdev it finds first, even if the open fails. On a stock
+/// kernel, a node opened before the module is loaded is stale from then on, and has to be made anew.
+/// A patched kernel forgets the failed open.
 pub fn node_opened_too_early(node_works: bool) -> Result<()> {
     need_module()?;
     let path = "/dev/anon-early";
@@ -614,7 +623,7 @@ pub fn node_opened_too_early(node_works: bool) -> Result<()> {
     Ok(())
 }
 
-/// KUnit ran the driver's own tests when the driver was loaded, or at boot, and all passed.
+/// KUnit ran the driver's unit tests at load or at boot, and all passed.
 pub fn unit_tests() -> Result<()> {
     const RESULTS: &str = "/sys/kernel/debug/kunit/devanon_range/results";
     if !fs::exists("/sys/kernel/debug/kunit")? {
@@ -633,8 +642,8 @@ pub fn unit_tests() -> Result<()> {
     Ok(())
 }
 
-/// The complete program in README.md does what it says.
-pub fn program_of_the_readme() -> Result<()> {
+/// The complete program in README.md prints what it should.
+pub fn readme_program() -> Result<()> {
     let output = std::process::Command::new("/bin/readme-program")
         .output()
         .context("/bin/readme-program")?;
@@ -647,7 +656,7 @@ pub fn program_of_the_readme() -> Result<()> {
     Ok(())
 }
 
-/// An unprivileged user gets all of this.
+/// An unprivileged user can do all of this, but not unload the module.
 pub fn unprivileged_user() -> Result<()> {
     fork(|_| {
         // SAFETY: No memory involved.

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Allocations that fail: each in turn, on every way into the driver. And its module, that comes
-//! and goes under its users.
+//! Allocation failures: each allocation fails in turn, on every path into the driver. Also, the
+//! module is loaded and unloaded while it has users.
 //!
-//! `fail-nth` of a thread in `/proc` has its N-th allocation fail, or copy from or to user space.
-//! Each [`walk`] raises N until there is none left to fail.
+//! `/proc/thread-self/fail-nth` makes the thread's N-th allocation, or copy from or to user space,
+//! fail. [`fail_each`] raises N until nothing is left to fail.
 
 use crate::doors::{MODULE, mknod};
 use crate::rules::page_out;
@@ -23,20 +23,21 @@ const TAG: u64 = 0xfa11_0000_0000;
 const PAGES: usize = 16;
 const HUGE: usize = 512;
 
-/// Where tests map. Nobody else does, so there are no page tables yet, of any level.
+/// Where tests map. Nothing else is near, so page tables of all levels are still missing.
 const PLACE: usize = 0x3000_0000_0000;
-/// Pages of address space there.
+/// Pages of address space at [`PLACE`].
 const ROOM: usize = 1 << 31;
 
-/// A page that no file has neighbours of, so that its file's tree has to grow.
+/// A page far away from all others in its file, so that the file's XArray has to grow.
 const FAR: usize = 1 << 40;
 
 const NTH: &str = "/proc/thread-self/fail-nth";
 
-/// Has all allocations be such that can fail, and quietly. Skips the test if none can.
-fn injection() -> Result<Vec<Setting>> {
+/// Makes every kind of allocation a target, and faults silent. Skips the test if the kernel has no
+/// fault injection.
+fn enable_injection() -> Result<Vec<Setting>> {
     if !fs::exists(NTH)? {
-        return skip("the kernel injects no faults");
+        return skip("the kernel has no fault injection");
     }
     [
         ("failslab/verbose", "0"),
@@ -67,20 +68,20 @@ struct Fault {
 }
 
 impl Fault {
-    /// What `op` returns, with the fault injected into it, if it makes that many allocations.
+    /// Runs `op` with its `nth` allocation failing, if it makes that many. Returns its result.
     fn during<T>(&self, op: impl FnOnce() -> T) -> Result<T> {
         let file = OpenOptions::new().read(true).write(true).open(NTH)?;
         let (nth, mut left) = (self.nth.to_string(), [0; 16]);
         file.write_all_at(nth.as_bytes(), 0)?;
         let result = op();
-        // Both copy from or to user space, which may be what fails now. That was not `op` then.
+        // Both calls copy from or to user space. If that copy is what fails, `op` met no fault.
         let read = file.read_at(&mut left, 0);
         let _ = file.write_at(b"0", 0);
         self.injected.set(read.is_ok() && left.starts_with(b"0\n"));
         Ok(result)
     }
 
-    /// What `op` gave, or nothing if it failed with one of `errnos` because of the fault.
+    /// The result of `op`, or `None` if it failed with one of `errnos` because of the fault.
     fn call<T>(&self, errnos: &[i32], op: impl FnOnce() -> Result<T>) -> Result<Option<T>> {
         match self.during(op)? {
             Ok(value) => Ok(Some(value)),
@@ -98,21 +99,21 @@ impl Fault {
     }
 }
 
-/// For calls that copy nothing from user space.
+/// Errors of calls that copy nothing from user space.
 const NO_MEMORY: &[i32] = &[libc::ENOMEM];
-/// For those that do: a path, or an argument.
-const NO_MEMORY_NO_COPY: &[i32] = &[libc::ENOMEM, libc::EFAULT];
+/// Errors of calls that do: a path, or an argument.
+const NO_MEMORY_OR_FAULT: &[i32] = &[libc::ENOMEM, libc::EFAULT];
 
-/// What is held in the whole machine. Tests leave it as it was.
+/// Resource usage of the whole machine. Tests leave it unchanged.
 #[derive(Debug, PartialEq)]
-struct Held {
+struct Usage {
     files: usize,
     references: usize,
     shmem: usize,
     swap_free: usize,
 }
 
-impl Held {
+impl Usage {
     fn now() -> Result<Self> {
         let files = fs::read_to_string("/proc/sys/fs/file-nr")?;
         let files = files
@@ -128,10 +129,10 @@ impl Held {
     }
 }
 
-/// Runs `attempt` with its first allocation failing, then its second, and so on, up to where it
-/// makes so many no more. What it maps is to be at [`PLACE`], and is unmapped after it.
-fn walk(what: &str, attempt: impl Fn(&Fault) -> Result<()>) -> Result<()> {
-    let before = Held::now()?;
+/// Runs `attempt` with its first allocation failing, then its second, and so on, until it makes
+/// fewer. Everything it maps at [`PLACE`] is unmapped after each run.
+fn fail_each(what: &str, attempt: impl Fn(&Fault) -> Result<()>) -> Result<()> {
+    let before = Usage::now()?;
     let mut total = 0;
 
     loop {
@@ -149,12 +150,12 @@ fn walk(what: &str, attempt: impl Fn(&Fault) -> Result<()>) -> Result<()> {
     ensure!(total > 0, "{what}: no fault was injected");
     println!("{what}: {total} faults");
     count("faults", total.into());
-    let after = Held::now()?;
-    ensure!(before == after, "{what}: {before:?}, {after:?}");
+    let after = Usage::now()?;
+    ensure!(before == after, "{what}: {before:?} -> {after:?}");
     Ok(())
 }
 
-/// Pages in memory and in swap.
+/// Number of pages in memory and in swap.
 fn present(fd: &OwnedFd) -> Result<usize> {
     let info = info(fd)?;
     Ok(info.resident + info.swapped)
@@ -162,7 +163,7 @@ fn present(fd: &OwnedFd) -> Result<usize> {
 
 fn expect_present(fd: &OwnedFd, pages: usize, when: &str) -> Result<()> {
     let found = present(fd)?;
-    ensure!(found == pages, "{when}: {found} pages, not {pages}");
+    ensure!(found == pages, "{when}: {found} pages, expected {pages}");
     Ok(())
 }
 
@@ -174,7 +175,7 @@ fn place(pages: usize) -> Map {
     }
 }
 
-/// The same, but so far away that it needs other page tables.
+/// Address space so far away from [`place`] that it needs other page tables.
 fn elsewhere(pages: usize) -> Map {
     place(ROOM).part(ROOM / 2, pages)
 }
@@ -186,13 +187,13 @@ fn private(fd: &OwnedFd) -> Result<Map> {
     Ok(Map::new(to.addr, PAGES, RW, flags, fd.as_raw_fd(), 0)?)
 }
 
-/// A file from the device, and one from the ioctl, of `pages` pages.
-fn both_doors(walks: impl Fn(&str, &dyn Fn(usize) -> Result<OwnedFd>) -> Result<()>) -> Result<()> {
-    walks("device", &|_| device())?;
-    walks("ioctl", &ioctl_file)
+/// Runs `body` with each door's name, and its function that makes a file of some number of pages.
+fn both_doors(body: impl Fn(&str, &dyn Fn(usize) -> Result<OwnedFd>) -> Result<()>) -> Result<()> {
+    body("device", &|_| device())?;
+    body("ioctl", &ioctl_file)
 }
 
-/// Uses a file, to see that it is whole.
+/// Uses a file, to check that it works.
 fn use_and_unmap(fd: &OwnedFd) -> Result<()> {
     let map = place(PAGES).cover(fd, 0)?;
     map.fill(TAG);
@@ -202,17 +203,17 @@ fn use_and_unmap(fd: &OwnedFd) -> Result<()> {
 }
 
 pub fn open_and_ioctl() -> Result<()> {
-    let _injection = injection()?;
+    let _injection = enable_injection()?;
 
-    walk("open", |fault| {
-        let dev = fault.call(NO_MEMORY_NO_COPY, || Ok(open(DEVICE, libc::O_RDWR)?))?;
+    fail_each("open", |fault| {
+        let dev = fault.call(NO_MEMORY_OR_FAULT, || Ok(open(DEVICE, libc::O_RDWR)?))?;
         dev.map_or(Ok(()), |dev| use_and_unmap(&dev))
     })?;
-    walk("DEVANON_IOC_NEW", |fault| {
+    fail_each("DEVANON_IOC_NEW", |fault| {
         let dev = device()?;
         let next = || -> Result<i32> { Ok(dev.try_clone()?.as_raw_fd()) };
         let free = next()?;
-        let file = fault.call(NO_MEMORY_NO_COPY, || {
+        let file = fault.call(NO_MEMORY_OR_FAULT, || {
             Ok(ioctl_new(&dev, DEVANON_CLOEXEC, 0)?)
         })?;
         let Some(file) = file else {
@@ -222,18 +223,18 @@ pub fn open_and_ioctl() -> Result<()> {
         truncate(&file, PAGES * PAGE)?;
         use_and_unmap(&file)
     })?;
-    walk("DEVANON_IOC_NEW, table of descriptors full", |fault| {
-        // A table that has grown stays so: each time one of its own.
+    fail_each("DEVANON_IOC_NEW, descriptor table full", |fault| {
+        // A descriptor table never shrinks, so each run has its own process.
         let mut child = fork(|peer| {
             let dev = device()?;
             let mut last = dev.try_clone()?;
             let mut all = Vec::new();
-            // Of 64, one is left for the fault.
+            // Leaves one of 64 descriptors, for the faulted call.
             while last.as_raw_fd() < 62 {
                 all.push(last);
                 last = dev.try_clone()?;
             }
-            fault.call(NO_MEMORY_NO_COPY, || Ok(ioctl_new(&dev, 0, 0)?))?;
+            fault.call(NO_MEMORY_OR_FAULT, || Ok(ioctl_new(&dev, 0, 0)?))?;
             if fault.injected.get() {
                 peer.meet()?;
             }
@@ -245,15 +246,15 @@ pub fn open_and_ioctl() -> Result<()> {
 }
 
 pub fn mmap() -> Result<()> {
-    let _injection = injection()?;
+    let _injection = enable_injection()?;
 
     both_doors(|door, file| {
-        walk(&format!("{door}, mmap"), |fault| {
+        fail_each(&format!("{door}, mmap"), |fault| {
             let fd = file(PAGES)?;
             fault.call(NO_MEMORY, || place(PAGES).cover(&fd, 0))?;
             use_and_unmap(&fd)
         })?;
-        walk(&format!("{door}, mmap over pages of it"), |fault| {
+        fail_each(&format!("{door}, mmap over pages of it"), |fault| {
             let fd = file(PAGES + 4)?;
             let map = place(PAGES).cover(&fd, 0)?;
             map.fill(TAG);
@@ -261,7 +262,7 @@ pub fn mmap() -> Result<()> {
             let new = fault.call(NO_MEMORY, || middle.cover(&fd, PAGES))?;
             map.part(0, 4).check(TAG)?;
             map.part(8, PAGES - 8).check(TAG + 8)?;
-            // If it failed late, there is a gap now.
+            // If mmap(2) failed late, it left a hole.
             if new.is_none() && middle.advise(libc::MADV_NORMAL).is_ok() {
                 expect_present(&fd, PAGES, "not mapped over")?;
                 middle.check(TAG + 4)?;
@@ -275,15 +276,16 @@ pub fn mmap() -> Result<()> {
     })
 }
 
-/// A fault has no errno to give: it is done once more. Whoever asks for pages gets one.
+/// A page fault that fails to allocate is retried, as it cannot return an errno. MADV_POPULATE_WRITE
+/// can.
 pub fn touch() -> Result<()> {
-    let _injection = injection()?;
+    let _injection = enable_injection()?;
 
     both_doors(|door, file| {
-        // Each at another end of the file: it is the same code.
+        // Far into the file through one door, near its start through the other: the code is the same.
         let page = if door == "device" { FAR } else { 1 };
         let name = |how| format!("{door}, {how} at page {page:#x}");
-        // With a page at the start, too.
+        // The file also has a page at its start.
         let mapped = || -> Result<(OwnedFd, Map)> {
             let fd = file(page + PAGES)?;
             elsewhere(1).cover(&fd, 0)?.write(0, TAG);
@@ -298,33 +300,33 @@ pub fn touch() -> Result<()> {
             expect_present(fd, 1, "unmapped")
         };
 
-        walk(&name("write"), |fault| {
+        fail_each(&name("write"), |fault| {
             let (fd, map) = mapped()?;
             fault.during(|| map.write(1, TAG + 1))?;
             expect_present(&fd, 2, "written")?;
             ensure!(map.read(1) == TAG + 1, "not what was written");
             end(&fd, map)
         })?;
-        walk(&name("read"), |fault| {
+        fail_each(&name("read"), |fault| {
             let (fd, map) = mapped()?;
             ensure!(fault.during(|| map.read(1))? == 0, "not zero");
             map.check_zero()?;
             end(&fd, map)
         })?;
-        walk(&name("populate"), |fault| {
+        fail_each(&name("populate"), |fault| {
             let (fd, map) = mapped()?;
             fault.call(NO_MEMORY, || Ok(map.advise(libc::MADV_POPULATE_WRITE)?))?;
             map.check_zero()?;
             end(&fd, map)
         })?;
-        walk(&name("read of pages that are there"), |fault| {
+        fail_each(&name("read of present pages"), |fault| {
             let (fd, map) = mapped()?;
             elsewhere(PAGES).cover(&fd, page)?.fill(TAG);
             let found = fault.during(|| map.read(1))?;
             ensure!(found == TAG + 1, "{found:#x}");
             map.check(TAG)
         })?;
-        walk(&format!("{door}, write to a private mapping"), |fault| {
+        fail_each(&format!("{door}, write to a private mapping"), |fault| {
             let fd = file(PAGES)?;
             let shared = place(PAGES).cover(&fd, 0)?;
             shared.fill(TAG);
@@ -335,7 +337,7 @@ pub fn touch() -> Result<()> {
             copy.unmap()?;
             expect_present(&fd, PAGES, "private unmapped")
         })?;
-        walk(&format!("{door}, touch of what is in swap"), |fault| {
+        fail_each(&format!("{door}, touch of a swapped-out page"), |fault| {
             let (fd, map) = filled(file, PAGES)?;
             page_out(&fd, map)?;
             let found = fault.during(|| map.read(1))?;
@@ -346,7 +348,7 @@ pub fn touch() -> Result<()> {
         })?;
 
         let _huge = huge_pages()?;
-        walk(&format!("{door}, write to a huge page"), |fault| {
+        fail_each(&format!("{door}, write to a huge page"), |fault| {
             let fd = file(HUGE)?;
             let map = place(HUGE).cover(&fd, 0)?;
             fault.during(|| map.write(1, TAG + 1))?;
@@ -358,7 +360,7 @@ pub fn touch() -> Result<()> {
     })
 }
 
-/// Pages at [`PLACE`], with content.
+/// A file mapped and filled at [`PLACE`].
 fn filled(file: &dyn Fn(usize) -> Result<OwnedFd>, pages: usize) -> Result<(OwnedFd, Map)> {
     let fd = file(pages)?;
     let map = place(pages).cover(&fd, 0)?;
@@ -374,12 +376,13 @@ fn filled_huge(file: &dyn Fn(usize) -> Result<OwnedFd>, pages: usize) -> Result<
     Ok(filled)
 }
 
-/// Unmaps `pages` of `map` from `first` on, with a fault. All goes, or nothing. The rest stays.
+/// Unmaps `pages` pages of `map` from `first` on, with a fault: all of them go, or none. The rest
+/// stays.
 fn unmap_part(fault: &Fault, fd: &OwnedFd, map: Map, first: usize, pages: usize) -> Result<()> {
     let part = map.part(first, pages);
     let rest = first + pages;
     let unmapped = fault.call(NO_MEMORY, || part.unmap())?.is_some();
-    // A huge page may stay whole for want of memory. Its part is empty, and goes with the rest.
+    // Without memory, a huge page may stay unsplit. Its part is zeroed, and freed with the rest.
     let left = present(fd)?;
     let lowest = if unmapped {
         map.pages - pages
@@ -388,7 +391,7 @@ fn unmap_part(fault: &Fault, fd: &OwnedFd, map: Map, first: usize, pages: usize)
     };
     ensure!(
         left == lowest || (map.pages >= HUGE && fault.injected.get() && left > lowest),
-        "{left} pages, not {lowest}"
+        "{left} pages, expected {lowest}"
     );
     map.part(0, first).check(TAG)?;
     map.part(rest, map.pages - rest).check(TAG + rest as u64)?;
@@ -402,15 +405,15 @@ fn unmap_part(fault: &Fault, fd: &OwnedFd, map: Map, first: usize, pages: usize)
 }
 
 pub fn munmap() -> Result<()> {
-    let _injection = injection()?;
+    let _injection = enable_injection()?;
 
     both_doors(|door, file| {
         for (name, first, pages) in [("all", 0, PAGES), ("the head", 0, 5), ("the middle", 5, 6)] {
-            walk(&format!("{door}, munmap of {name}"), |fault| {
+            fail_each(&format!("{door}, munmap of {name}"), |fault| {
                 let (fd, map) = filled(file, PAGES)?;
                 unmap_part(fault, &fd, map, first, pages)
             })?;
-            walk(&format!("{door}, munmap of {name}, in swap"), |fault| {
+            fail_each(&format!("{door}, munmap of {name}, swapped out"), |fault| {
                 let (fd, map) = filled(file, PAGES)?;
                 page_out(&fd, map)?;
                 unmap_part(fault, &fd, map, first, pages)
@@ -421,23 +424,20 @@ pub fn munmap() -> Result<()> {
 }
 
 pub fn munmap_of_huge_pages() -> Result<()> {
-    let _injection = injection()?;
+    let _injection = enable_injection()?;
     let _huge = huge_pages()?;
 
     both_doors(|door, file| {
-        walk(
-            &format!("{door}, munmap of a part of a huge page"),
-            |fault| {
-                let (fd, map) = filled_huge(file, HUGE)?;
-                unmap_part(fault, &fd, map, 100, 28)
-            },
-        )?;
-        walk(&format!("{door}, munmap of a part of two"), |fault| {
+        fail_each(&format!("{door}, munmap of part of a huge page"), |fault| {
+            let (fd, map) = filled_huge(file, HUGE)?;
+            unmap_part(fault, &fd, map, 100, 28)
+        })?;
+        fail_each(&format!("{door}, munmap across two huge pages"), |fault| {
             let (fd, map) = filled_huge(file, 2 * HUGE)?;
             unmap_part(fault, &fd, map, HUGE - 10, 20)
         })?;
-        walk(
-            &format!("{door}, munmap of a part of one in swap"),
+        fail_each(
+            &format!("{door}, munmap of part of a swapped-out huge page"),
             |fault| {
                 let (fd, map) = filled_huge(file, HUGE)?;
                 page_out(&fd, map)?;
@@ -447,12 +447,12 @@ pub fn munmap_of_huge_pages() -> Result<()> {
     })
 }
 
-/// The last mapping holds the file: all goes with it.
-pub fn munmap_when_closed() -> Result<()> {
-    let _injection = injection()?;
+/// Only the mapping holds the file, so everything goes with it.
+pub fn munmap_after_close() -> Result<()> {
+    let _injection = enable_injection()?;
 
     both_doors(|door, file| {
-        walk(&format!("{door}, munmap when closed"), |fault| {
+        fail_each(&format!("{door}, munmap after close"), |fault| {
             let (fd, map) = filled(file, PAGES)?;
             drop(fd);
             if fault.call(NO_MEMORY, || map.unmap())?.is_none() {
@@ -464,14 +464,14 @@ pub fn munmap_when_closed() -> Result<()> {
 }
 
 pub fn exit() -> Result<()> {
-    let _injection = injection()?;
+    let _injection = enable_injection()?;
 
-    walk("exit", |fault| {
+    fail_each("exit", |fault| {
         let (dev, map) = filled(&|_| device(), PAGES)?;
-        // SAFETY: Tests are single-threaded, so the child may do as it likes.
+        // SAFETY: Tests are single-threaded when they fork, so the child may call anything.
         let pid = cvt(unsafe { libc::fork() })?;
         if pid == 0 {
-            // Something that is its own, next to what is shared.
+            // Besides the shared object, the child has one of its own.
             let own = ioctl_file(PAGES).and_then(|own| elsewhere(PAGES).cover(&own, 0));
             let status = own.map_or(1, |map| {
                 map.fill(TAG);
@@ -480,8 +480,8 @@ pub fn exit() -> Result<()> {
             // SAFETY: Ends the child.
             fault.during(|| unsafe { libc::_exit(status) })?;
         }
-        // What is left of it still says whether there was a fault.
-        // SAFETY: Our own child; all zero is a `siginfo_t`, which is the kernel's to write.
+        // The zombie still reports whether a fault was injected.
+        // SAFETY: Our own child; all zero is a valid `siginfo_t`, which the kernel writes.
         unsafe {
             let mut info = std::mem::zeroed::<libc::siginfo_t>();
             let flags = libc::WEXITED | libc::WNOWAIT;
@@ -497,18 +497,18 @@ pub fn exit() -> Result<()> {
 }
 
 pub fn mremap() -> Result<()> {
-    let _injection = injection()?;
+    let _injection = enable_injection()?;
     const MOVE: i32 = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
 
     both_doors(|door, file| {
-        // First page and number of what is taken, and the number that is wanted.
+        // The first page and number of pages to remap, and the new number of pages.
         for (name, first, pages, wanted, flags) in [
             ("moves", 0, PAGES, PAGES, MOVE),
             ("moves the middle", 4, 8, 8, MOVE),
             ("moves and grows", 0, PAGES, 2 * PAGES, MOVE),
             ("shrinks", 0, PAGES, 4, 0),
         ] {
-            walk(&format!("{door}, mremap {name}"), |fault| {
+            fail_each(&format!("{door}, mremap {name}"), |fault| {
                 let fd = file(2 * PAGES)?;
                 let map = place(PAGES).cover(&fd, 0)?;
                 map.fill(TAG);
@@ -538,10 +538,10 @@ pub fn mremap() -> Result<()> {
 }
 
 pub fn mprotect() -> Result<()> {
-    let _injection = injection()?;
+    let _injection = enable_injection()?;
 
     both_doors(|door, file| {
-        walk(&format!("{door}, mprotect of the middle"), |fault| {
+        fail_each(&format!("{door}, mprotect of the middle"), |fault| {
             let (fd, map) = filled(file, PAGES)?;
             fault.call(NO_MEMORY, || Ok(map.part(4, 8).protect(libc::PROT_READ)?))?;
             expect_present(&fd, PAGES, "protected, or not")?;
@@ -552,16 +552,16 @@ pub fn mprotect() -> Result<()> {
     })
 }
 
-/// A fork that fails half way closes the mappings it has copied so far.
+/// A fork that fails halfway closes the mappings it has copied so far.
 pub fn fork_process() -> Result<()> {
-    let _injection = injection()?;
+    let _injection = enable_injection()?;
 
-    walk("fork", |fault| {
+    fail_each("fork", |fault| {
         let (dev, map) = filled(&|_| device(), PAGES)?;
         let copy = private(&dev)?;
         copy.fill(7);
         let child = fault.call(NO_MEMORY, || {
-            // SAFETY: Tests are single-threaded, so the child may do as it likes.
+            // SAFETY: Tests are single-threaded when they fork, so the child may call anything.
             let pid = cvt(unsafe { libc::fork() })?;
             if pid == 0 {
                 let right = map.check(TAG).and_then(|()| copy.check(7));
@@ -578,13 +578,13 @@ pub fn fork_process() -> Result<()> {
         map.check(TAG)?;
         copy.check(7)?;
         map.unmap()?;
-        expect_present(&dev, PAGES, "a private mapping is one, too")?;
+        expect_present(&dev, PAGES, "covered by the private mapping")?;
         copy.unmap()?;
         expect_present(&dev, 0, "unmapped")
     })
 }
 
-/// Loads the module again if it is not loaded when this is dropped.
+/// On drop, loads the module again if it is not loaded.
 struct Reload;
 
 impl Drop for Reload {
@@ -595,56 +595,56 @@ impl Drop for Reload {
     }
 }
 
-fn nothing_is_left() -> Result<()> {
+fn expect_unloaded() -> Result<()> {
     for path in ["/sys/module/devanon", "/sys/class/devanon", DEVICE] {
-        ensure!(!fs::exists(path)?, "{path} is there");
+        ensure!(!fs::exists(path)?, "{path} still exists");
     }
     Ok(())
 }
 
-/// KUnit runs the tests of a module whenever it comes: not now, where they may want for memory, and
-/// where it comes a thousand times.
-fn no_unit_tests() -> Result<Option<Setting>> {
+/// Keeps KUnit from running the module's unit tests at each load: here allocations fail, or the
+/// module is loaded a thousand times.
+fn disable_unit_tests() -> Result<Option<Setting>> {
     let filter = "/sys/module/kunit/parameters/filter_glob";
     if !fs::exists(filter)? {
         return Ok(None);
     }
-    // As good as the null it begins with, and can be put back.
+    // Equivalent to the initial null, but can be restored.
     fs::write(filter, "*")?;
     Setting::set(filter, "none").map(Some)
 }
 
 pub fn insmod_and_rmmod() -> Result<()> {
     need_module()?;
-    let _quiet = no_unit_tests()?;
-    let _injection = injection()?;
-    // The loader takes hundreds of pages. The driver takes none but by way of slabs.
+    let _quiet = disable_unit_tests()?;
+    let _injection = enable_injection()?;
+    // The module loader allocates hundreds of pages. The driver allocates only from slabs.
     let _slabs = Setting::set("/sys/kernel/debug/fail_page_alloc/min-order", "11")?;
     let _reload = Reload;
 
-    walk("rmmod", |fault| {
-        let gone = fault.call(NO_MEMORY_NO_COPY, || Ok(unload("devanon")?))?;
+    fail_each("rmmod", |fault| {
+        let gone = fault.call(NO_MEMORY_OR_FAULT, || Ok(unload("devanon")?))?;
         if gone.is_some() {
-            nothing_is_left()?;
+            expect_unloaded()?;
             load(MODULE, "")?;
         }
         use_and_unmap(&device()?)
     })?;
     unload("devanon")?;
-    walk("insmod", |fault| {
-        let loaded = fault.call(NO_MEMORY_NO_COPY, || Ok(load(MODULE, "")?))?;
+    fail_each("insmod", |fault| {
+        let loaded = fault.call(NO_MEMORY_OR_FAULT, || Ok(load(MODULE, "")?))?;
         if loaded.is_some() {
             use_and_unmap(&device()?)?;
             unload("devanon")?;
         }
-        nothing_is_left()
+        expect_unloaded()
     })
 }
 
-/// Uses the module as soon as it is there, once for each number in the first page of `board`, until
-/// that is [`STOP`]. Counts how often in a page of its own.
-fn come_and_go(board: Map, user: usize) -> Result<()> {
-    // One has a node of his own, the others are nobody in particular.
+/// Uses the module as soon as it is loaded, once per round number in the first page of `board`, until
+/// that is [`STOP`]. Counts its uses in its own page of `board`.
+fn use_each_load(board: Map, user: usize) -> Result<()> {
+    // One user runs as root and makes its own node; the others are unprivileged.
     let own = format!("/dev/anon-{}", process::id());
     let path = if user == 0 { &own } else { DEVICE };
     if user != 0 {
@@ -676,7 +676,7 @@ fn come_and_go(board: Map, user: usize) -> Result<()> {
                 truncate(&file, PAGES * PAGE)?;
                 Map::shared(&file, PAGES, 0)?.unmap()?;
                 drop(file);
-                // Only the mapping keeps the module now.
+                // Only the mapping pins the module now.
                 map.check(TAG)?;
                 map.unmap()?;
                 board.write(user + 1, board.read(user + 1) + 1);
@@ -684,7 +684,7 @@ fn come_and_go(board: Map, user: usize) -> Result<()> {
                     thread::sleep(Duration::from_millis(1));
                 }
             }
-            // EACCES: devtmpfs first makes the node, and then gives it its mode.
+            // EACCES: devtmpfs first makes the node, then sets its mode.
             Err(err) => ensure!(
                 matches!(
                     err.raw_os_error(),
@@ -699,22 +699,23 @@ fn come_and_go(board: Map, user: usize) -> Result<()> {
 
 const STOP: u64 = u64::MAX;
 
-/// A thousand times, or as often as 20 seconds allow, or as `seconds` do if that is longer.
+/// Loads and unloads the module 1,000 times, or as often as 20 seconds (or `seconds`, if longer)
+/// allow.
 pub fn load_and_unload_a_thousand_times(seconds: u64) -> Result<()> {
     need_module()?;
     const USERS: usize = 4;
     const TIMES: u64 = 1000;
     let budget = Duration::from_secs(seconds.max(20));
     let patient = Duration::from_secs(60);
-    let _quiet = no_unit_tests()?;
+    let _quiet = disable_unit_tests()?;
     let _reload = Reload;
     unload("devanon")?;
-    let before = Held::now()?;
+    let before = Usage::now()?;
     let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
     let board = Map::new(ptr::null_mut(), USERS + 1, RW, flags, -1, 0)?;
     let uses = || (1..=USERS).map(|user| board.read(user)).sum::<u64>();
     let users = (0..USERS)
-        .map(|user| fork(|_| come_and_go(board, user)))
+        .map(|user| fork(|_| use_each_load(board, user)))
         .collect::<Result<Vec<_>>>()?;
 
     let mut refused = 0;
@@ -727,7 +728,7 @@ pub fn load_and_unload_a_thousand_times(seconds: u64) -> Result<()> {
             board.write(0, time);
             load(MODULE, "").with_context(|| format!("load {time}"))?;
             let start = Instant::now();
-            // Now and then somebody has to come first.
+            // Every tenth time, waits until some process has used the module.
             while time % 10 == 0 && uses() == used && start.elapsed() < patient {
                 thread::sleep(Duration::from_millis(1));
             }
@@ -740,7 +741,7 @@ pub fn load_and_unload_a_thousand_times(seconds: u64) -> Result<()> {
                 refused += 1;
                 thread::yield_now();
             }
-            nothing_is_left()?;
+            expect_unloaded()?;
             times += 1;
         }
         Ok(())
@@ -752,11 +753,11 @@ pub fn load_and_unload_a_thousand_times(seconds: u64) -> Result<()> {
     ends.into_iter().collect::<Result<Vec<()>>>()?;
 
     let uses = uses();
-    println!("{times} times, unload refused {refused} times, used {uses} times");
-    ensure!(uses >= times / 10, "hardly used");
+    println!("loaded {times} times, used {uses} times, unload refused {refused} times");
+    ensure!(uses >= times / 10, "the module was hardly used");
     board.unmap()?;
-    let after = Held::now()?;
-    ensure!(before == after, "{before:?}, {after:?}");
+    let after = Usage::now()?;
+    ensure!(before == after, "{before:?} -> {after:?}");
     count("operations", 2 * times + uses);
     Ok(())
 }

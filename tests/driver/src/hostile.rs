@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! An unprivileged user who means harm: to the kernel, to the memory of others, to his own.
+//! A malicious unprivileged user, who attacks the kernel, the memory of others, and his own.
 //!
-//! Everything he may call, on the device, its ioctl and the files it gives: drawn at random in
-//! [`random_calls`], and with a purpose in the tests here.
+//! These tests make every call he may make on the device, its ioctl and its files: at random in
+//! [`random_calls`], and with a purpose in the tests below.
 
 use crate::sys::*;
 use anyhow::{Context, Result, bail, ensure};
@@ -14,22 +14,22 @@ use std::{env, fs, io, ptr};
 mod random;
 pub use random::random_calls;
 
-/// The user who means harm, and another one.
+/// The malicious user, and another one.
 const HOSTILE: u32 = 1000;
 const OTHER: u32 = 1001;
 
 const TAG: u64 = 0x4057_11e0_0000_0000;
 
-/// Makes this process one of an unprivileged user.
+/// Turns this process into one of an unprivileged user.
 fn become_user(uid: u32) -> Result<()> {
-    // SAFETY: No memory involved; no group is read.
+    // SAFETY: No memory involved; the group list is empty.
     unsafe {
         cvt(libc::setgroups(0, ptr::null()))?;
         cvt(libc::setgid(uid))?;
         cvt(libc::setuid(uid))?;
-        // A process that changed its user is closed to all but root, be they of the same user.
+        // A process that changed its user is accessible only to root, not even to the same user.
         cvt(libc::prctl(libc::PR_SET_DUMPABLE, 1))?;
-        // Where Yama is, one's own processes are closed as well. Fails where it is not.
+        // Yama denies access to processes of the same user as well. Fails without Yama.
         libc::prctl(libc::PR_SET_PTRACER, libc::PR_SET_PTRACER_ANY);
     }
     Ok(env::set_current_dir("/tmp")?)
@@ -45,7 +45,7 @@ fn as_user(uid: u32, body: impl FnOnce(&mut Peer) -> Result<()>) -> Result<Peer>
 
 fn pipe() -> Result<[OwnedFd; 2]> {
     let mut fds = [0; 2];
-    // SAFETY: Two descriptors are written there; they are new.
+    // SAFETY: The kernel writes two descriptors, which are new.
     unsafe {
         cvt(libc::pipe2(
             fds.as_mut_ptr(),
@@ -62,8 +62,8 @@ fn iovec(map: Map) -> libc::iovec {
     }
 }
 
-/// Fails unless all of `map` was moved.
-fn all_of(what: &str, map: Map, moved: isize) -> Result<()> {
+/// Fails unless all bytes of `map` were moved.
+fn expect_all_moved(what: &str, map: Map, moved: isize) -> Result<()> {
     let bytes = cvt(moved as i32).with_context(|| what.to_owned())?;
     ensure!(
         bytes as usize == map.pages * PAGE,
@@ -74,37 +74,37 @@ fn all_of(what: &str, map: Map, moved: isize) -> Result<()> {
 }
 
 fn write_all(fd: &OwnedFd, map: Map) -> Result<()> {
-    // SAFETY: A mapping of the test's own.
-    all_of("write", map, unsafe {
+    // SAFETY: The test's own mapping.
+    expect_all_moved("write", map, unsafe {
         libc::write(fd.as_raw_fd(), map.addr.cast(), map.pages * PAGE)
     })
 }
 
 fn read_all(fd: &OwnedFd, map: Map) -> Result<()> {
     // SAFETY: As above.
-    all_of("read", map, unsafe {
+    expect_all_moved("read", map, unsafe {
         libc::read(fd.as_raw_fd(), map.addr.cast(), map.pages * PAGE)
     })
 }
 
-/// Private memory, to read into and write from.
+/// Private memory to read into and write from.
 fn buffer(pages: usize) -> Result<Map> {
     Map::reserve(pages)?.cover_anonymous()
 }
 
-/// Calls an ioctl, by one way into the kernel or the other: 0 or an errno, or the descriptor.
+/// Calls an ioctl through one of the kernel's entry points. Returns 0 or the descriptor.
 type Ioctl = fn(&OwnedFd, u32, *mut DevanonNew) -> io::Result<i32>;
 
 fn ioctl(fd: &OwnedFd, cmd: u32, arg: *mut DevanonNew) -> io::Result<i32> {
-    // SAFETY: The kernel checks the pointer; what it may write there nobody else uses.
+    // SAFETY: The kernel checks the pointer, and nobody else uses the memory it may write.
     cvt(unsafe { libc::ioctl(fd.as_raw_fd(), cmd.into(), arg) })
 }
 
-/// As a 32-bit program calls it.
+/// The ioctl as called by a 32-bit program.
 fn ioctl_32(fd: &OwnedFd, cmd: u32, arg: *mut DevanonNew) -> io::Result<i32> {
     const IOCTL_32: u64 = 54;
     let ret: u64;
-    // SAFETY: As above. `rbx` is the compiler's, and given back; the kernel clears the others.
+    // SAFETY: As above. `rbx` is reserved by the compiler, and restored; the kernel clobbers r8-r11.
     unsafe {
         std::arch::asm!(
             "xchg {fd}, rbx",
@@ -125,10 +125,11 @@ fn ioctl_32(fd: &OwnedFd, cmd: u32, arg: *mut DevanonNew) -> io::Result<i32> {
     }
 }
 
-/// Only one number is the driver's. To all others it says what a device without any says.
-fn numbers(seed: u64, ioctl: Ioctl) -> Result<()> {
+/// The driver knows a single ioctl number. For all others it returns what a device without ioctls
+/// returns.
+fn check_ioctl_numbers(seed: u64, ioctl: Ioctl) -> Result<()> {
     let mut rng = fastrand::Rng::with_seed(seed);
-    // Where a 32-bit program could have it, and with nothing behind it.
+    // Within reach of a 32-bit program, and followed by an unmapped page.
     let low = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_32BIT;
     let page = Map::new(ptr::null_mut(), 2, RW, low, -1, 0)?.part(0, 1);
     page.part(0, 1).protect(RW)?;
@@ -141,9 +142,9 @@ fn numbers(seed: u64, ioctl: Ioctl) -> Result<()> {
     let dev = device()?;
     let file = ioctl_file(1)?;
     let null = open("/dev/null", libc::O_RDWR)?;
-    let mut asked = 0;
-    let mut ask = |fd: &OwnedFd, cmd| {
-        asked += 1;
+    let mut calls = 0;
+    let mut call = |fd: &OwnedFd, cmd| {
+        calls += 1;
         page.write(0, 0);
         match ioctl(fd, cmd, arg) {
             Ok(_) => 0,
@@ -160,23 +161,23 @@ fn numbers(seed: u64, ioctl: Ioctl) -> Result<()> {
                     (&dev, if ours { 0 } else { libc::ENOTTY }),
                     (&file, libc::ENOTTY),
                 ] {
-                    let found = ask(fd, cmd);
-                    ensure!(found == expected, "{cmd:#x}: {found}, not {expected}");
+                    let found = call(fd, cmd);
+                    ensure!(found == expected, "{cmd:#x}: {found}, expected {expected}");
                 }
             }
         }
     }
-    // Every type and number. The kernel answers a few itself, whatever the device.
+    // Every type and number. The kernel handles a few itself, for any device.
     for low in 0..=u16::MAX {
         let high = if rng.bool() { 0 } else { rng.u32(..) << 16 };
         let cmd = high | u32::from(low);
         if cmd as libc::c_ulong == DEVANON_IOC_NEW {
             continue;
         }
-        let (found, expected) = (ask(&dev, cmd), ask(&null, cmd));
+        let (found, expected) = (call(&dev, cmd), call(&null, cmd));
         ensure!(
             found == expected,
-            "{cmd:#x}: {found}, not {expected} as /dev/null"
+            "{cmd:#x}: {found}, expected {expected} as with /dev/null"
         );
     }
 
@@ -198,7 +199,7 @@ fn numbers(seed: u64, ioctl: Ioctl) -> Result<()> {
     }
     ensure!(
         fs::read_dir("/proc/self/fd")?.count() == before,
-        "a descriptor was left"
+        "a descriptor was leaked"
     );
     page.write(0, DEVANON_CLOEXEC.into());
     let fd = ioctl(&dev, cmd, arg).context("DEVANON_IOC_NEW")?;
@@ -207,12 +208,12 @@ fn numbers(seed: u64, ioctl: Ioctl) -> Result<()> {
     truncate(&file, 4 * PAGE)?;
     Map::shared(&file, 4, 0)?.fill(TAG);
     expect_resident(&file, 4, "touched")?;
-    count("operations", asked);
+    count("operations", calls);
     Ok(())
 }
 
 pub fn ioctl_numbers(seed: u64) -> Result<()> {
-    as_user(HOSTILE, |_| numbers(seed, ioctl))?
+    as_user(HOSTILE, |_| check_ioctl_numbers(seed, ioctl))?
         .join()
         .with_context(|| format!("--seed {seed} replays it"))
 }
@@ -223,19 +224,19 @@ pub fn ioctl_numbers_of_32_bit_programs(seed: u64) -> Result<()> {
         Ok(())
     })?;
     if libc::WIFSIGNALED(wait(probe.pid)?) {
-        return skip("no system calls of 32-bit programs in this kernel");
+        return skip("this kernel has no 32-bit system calls");
     }
-    as_user(HOSTILE, |_| numbers(seed, ioctl_32))?
+    as_user(HOSTILE, |_| check_ioctl_numbers(seed, ioctl_32))?
         .join()
         .with_context(|| format!("--seed {seed} replays it"))
 }
 
-/// The user's own processes may open his objects again, and use his memory. Another user's may
-/// not, in no way there is.
+/// A user's own processes may reopen his objects and access his memory. Another user's processes may
+/// not, in any way.
 pub fn closed_to_other_users() -> Result<()> {
     let place = Map::reserve(4)?;
     let mut owner = as_user(HOSTILE, |peer| {
-        // Number 100, whatever else is open.
+        // Fixed numbers, no matter what else is open.
         let (dev, file) = (device()?, ioctl_file(4)?);
         for (fd, number) in [(&dev, 100), (&file, 101)] {
             // SAFETY: No memory involved.
@@ -245,7 +246,10 @@ pub fn closed_to_other_users() -> Result<()> {
         map.fill(TAG);
         peer.meet()?;
         peer.meet()?;
-        ensure!(map.read(0) == TAG + 1, "not written by the user's own");
+        ensure!(
+            map.read(0) == TAG + 1,
+            "not written by the user's other process"
+        );
         map.part(1, 3).check(TAG + 1)?;
         map.unmap()?;
         expect_resident(&file, 0, "unmapped")
@@ -268,17 +272,17 @@ pub fn closed_to_other_users() -> Result<()> {
     .join()?;
     as_user(HOSTILE, |_| {
         for (what, result) in ways_in(pid, place)? {
-            // Only for the privileged, whoever's they are.
+            // Only privileged users may do this, even to their own processes.
             if what.contains("map_files") || what == "process_madvise" {
                 expect_errno(&what, result, libc::EPERM)?;
             } else {
                 result.with_context(|| format!("{what} of the same user"))?;
             }
         }
-        // Opened there, it is another device file, with memory of its own.
+        // Reopening the device creates a new open with its own memory.
         let dev = open(&format!("/proc/{pid}/fd/100"), libc::O_RDWR)?;
         Map::shared(&dev, 4, 0)?.check_zero()?;
-        // And this is the same memory.
+        // Reopening the ioctl's file gives the same memory.
         let file = open(&format!("/proc/{pid}/fd/101"), libc::O_RDWR)?;
         let map = Map::shared(&file, 4, 0)?;
         map.check(TAG)?;
@@ -287,7 +291,7 @@ pub fn closed_to_other_users() -> Result<()> {
     })?
     .join()?;
 
-    // Root may. The owner's end of it stays as it was.
+    // Root may open the owner's mapping, which does not change what the owner has.
     let start = place.addr as usize;
     let path = format!(
         "/proc/{pid}/map_files/{start:x}-{:x}",
@@ -302,7 +306,7 @@ pub fn closed_to_other_users() -> Result<()> {
     owner.join()
 }
 
-/// All ways to what the process `pid` has: descriptors 100 and 101, and memory at `place`.
+/// Tries all ways to access process `pid`: its descriptors 100 and 101, and its memory at `place`.
 fn ways_in(pid: i32, place: Map) -> Result<Vec<(String, io::Result<i32>)>> {
     let start = place.addr as usize;
     let range = format!("{start:x}-{:x}", start + place.pages * PAGE);
@@ -322,12 +326,12 @@ fn ways_in(pid: i32, place: Map) -> Result<Vec<(String, io::Result<i32>)>> {
     let word = buffer(1)?;
     let ours = iovec(word);
     let theirs = iovec(place.part(1, 1));
-    // SAFETY: Words and pages of ours; descriptors that are new; a process that is stopped for a
-    // moment at most.
+    // SAFETY: Words and pages of the test; new descriptors; the other process is only stopped for a
+    // moment.
     unsafe {
         let read = libc::process_vm_readv(pid, &ours, 1, &theirs, 1, 0);
         ways.push(("process_vm_readv".into(), cvt(read as i32)));
-        // Writes what is there, if it was let read.
+        // If the read succeeded, writes back the same data.
         let write = libc::process_vm_writev(pid, &ours, 1, &theirs, 1, 0);
         ways.push(("process_vm_writev".into(), cvt(write as i32)));
         let seize = libc::ptrace(libc::PTRACE_SEIZE, pid, 0, 0);
@@ -356,12 +360,12 @@ fn ways_in(pid: i32, place: Map) -> Result<Vec<(String, io::Result<i32>)>> {
     Ok(ways)
 }
 
-/// Pages that are in a pipe when their last mapping goes stay there, as they were, until somebody
-/// takes them out. The object has lost them at once, and no other gets them.
+/// Pages that are in a pipe when their last mapping goes away stay there unchanged until they are
+/// read. The object loses them at once, and no other object gets them.
 pub fn pages_in_a_pipe() -> Result<()> {
     type Put = fn(&OwnedFd, Map, &OwnedFd) -> isize;
     let vmsplice: Put = |_, map, to| {
-        // SAFETY: One vector of a mapping of ours.
+        // SAFETY: One vector, of the test's own mapping.
         unsafe { libc::vmsplice(to.as_raw_fd(), &iovec(map), 1, 0) }
     };
     let gift: Put = |_, map, to| {
@@ -370,7 +374,7 @@ pub fn pages_in_a_pipe() -> Result<()> {
     };
     let splice: Put = |fd, map, to| {
         let (len, flags) = (map.pages * PAGE, libc::SPLICE_F_MOVE);
-        // SAFETY: The offset is ours to write.
+        // SAFETY: The kernel writes the offset.
         unsafe {
             libc::splice(
                 fd.as_raw_fd(),
@@ -402,15 +406,15 @@ pub fn pages_in_a_pipe() -> Result<()> {
             let [from_tee, to_tee] = pipe()?;
             let map = Map::shared(fd, PAGES, 0)?;
             map.fill(TAG);
-            all_of(what, map, put(fd, map, &to))?;
+            expect_all_moved(what, map, put(fd, map, &to))?;
             // SAFETY: No memory involved.
-            all_of("tee", map, unsafe {
+            expect_all_moved("tee", map, unsafe {
                 libc::tee(from.as_raw_fd(), to_tee.as_raw_fd(), PAGES * PAGE, 0)
             })?;
             map.unmap()?;
             expect_resident(fd, 0, what)?;
 
-            // Who is given pages now is not given these.
+            // Newly allocated pages must be different ones.
             let other = Map::shared(&device()?, 1024, 0)?;
             other.check_zero()?;
             other.fill(1);
@@ -429,7 +433,7 @@ pub fn pages_in_a_pipe() -> Result<()> {
             expect_resident(fd, 0, what)?;
         }
 
-        // The device itself is not to be read, not this way either.
+        // The device itself cannot be read, and splice(2) does not change that.
         let [_from, to] = pipe()?;
         let spliced = splice(&dev, found, &to) as i32;
         expect_errno("splice from the device", cvt(spliced), libc::EINVAL)
@@ -442,7 +446,7 @@ struct Ring {
     fd: OwnedFd,
     /// Heads, tails and completions; then the submissions.
     shared: [Map; 2],
-    /// Where what is in the first, in bytes.
+    /// Offsets within the first, in bytes.
     submitted: u32,
     taken: u32,
     completed: u32,
@@ -461,7 +465,7 @@ impl Ring {
         // `struct io_uring_params`.
         let mut params = [0u32; 30];
         params[2] = NO_SQARRAY;
-        // SAFETY: The parameters are read and written; the descriptor is new.
+        // SAFETY: The kernel reads and writes the parameters; the descriptor is new.
         let fd = unsafe {
             OwnedFd::from_raw_fd(cvt(libc::syscall(
                 libc::SYS_io_uring_setup,
@@ -483,25 +487,25 @@ impl Ring {
         })
     }
 
-    /// An index the kernel reads or writes as well.
+    /// An index shared with the kernel.
     fn index(&self, offset: u32) -> &AtomicU32 {
-        // SAFETY: The kernel says that there is one, in the page that lives as long as `self`.
+        // SAFETY: The kernel gave the offset, within a page that lives as long as `self`.
         unsafe { AtomicU32::from_ptr(self.shared[0].addr.add(offset as usize).cast()) }
     }
 
-    /// Has one entry carried out, and does not wait for the end.
+    /// Submits one entry, without waiting for its completion.
     fn submit(&self, entry: [u64; 8]) -> io::Result<()> {
         let tail = self.index(self.submitted).load(Relaxed);
         let at = (tail % Self::ENTRIES) as usize * entry.len();
         for (index, word) in entry.into_iter().enumerate() {
-            // SAFETY: The kernel reads it after the tail has moved.
+            // SAFETY: The kernel reads the entry only after the tail has moved.
             unsafe { self.shared[1].word(0, at + index).write_volatile(word) };
         }
         self.index(self.submitted).store(tail + 1, Release);
         self.enter(1, 0)
     }
 
-    /// Waits for one to end: its result.
+    /// Waits for a completion, and returns its result.
     fn wait(&self) -> Result<i32> {
         self.enter(0, 1)?;
         self.next().context("nothing was completed")
@@ -522,7 +526,7 @@ impl Ring {
         const GETEVENTS: u32 = 1;
         let fd = self.fd.as_raw_fd();
         let (mask, size) = (ptr::null::<u8>(), 0usize);
-        // SAFETY: No memory but the shared, and what its entries name.
+        // SAFETY: Only the shared memory, and what its entries refer to, is accessed.
         let ret = unsafe {
             libc::syscall(
                 libc::SYS_io_uring_enter,
@@ -537,7 +541,7 @@ impl Ring {
         cvt(ret as i32).map(drop)
     }
 
-    /// Pins buffers; none for those pinned before to be let go.
+    /// Registers, and so pins, buffers. With none, unregisters those registered before.
     fn register(&self, buffers: &[libc::iovec]) -> io::Result<()> {
         let (what, pointer) = if buffers.is_empty() {
             (1, ptr::null())
@@ -545,7 +549,7 @@ impl Ring {
             (0, buffers.as_ptr())
         };
         let fd = self.fd.as_raw_fd();
-        // SAFETY: As many vectors as it says, which the kernel checks.
+        // SAFETY: The count matches the vectors, which the kernel checks.
         let ret = unsafe {
             libc::syscall(
                 libc::SYS_io_uring_register,
@@ -567,7 +571,7 @@ impl Drop for Ring {
     }
 }
 
-/// An entry that reads `fd` into `map`, or writes it to there.
+/// An entry that reads from `fd` into `map`, or writes `map` to `fd`.
 fn entry(code: u8, fd: &OwnedFd, map: Map) -> [u64; 8] {
     const HERE: u64 = u64::MAX;
     let first = u64::from(code) | ((fd.as_raw_fd() as u64) << 32);
@@ -575,11 +579,11 @@ fn entry(code: u8, fd: &OwnedFd, map: Map) -> [u64; 8] {
     [first, HERE, addr, len, 0, 0, 0, 0]
 }
 
-/// What is read into a buffer that was registered, mapped, and is unmapped by now, goes into that
-/// old memory, and into no object. What is read into one that was not registered goes nowhere.
+/// Data read into a registered buffer that has since been unmapped goes into the old memory, and into
+/// no object. Data read into an unmapped buffer that was not registered goes nowhere.
 pub fn io_uring_reads_after_an_unmap() -> Result<()> {
     match Ring::new().map_err(|err| err.raw_os_error()) {
-        Err(Some(libc::ENOSYS | libc::EPERM)) => skip("no such io_uring"),
+        Err(Some(libc::ENOSYS | libc::EPERM)) => skip("no io_uring"),
         _ => as_user(HOSTILE, |_| {
             let ring = Ring::new().context("io_uring_setup")?;
             read_into_pinned(&ring, &device()?)?;
@@ -594,7 +598,7 @@ fn read_into_pinned(ring: &Ring, fd: &OwnedFd) -> Result<()> {
     let map = Map::shared(fd, 8, 0)?;
     map.fill(TAG);
     ring.register(&[iovec(map)]).context("register")?;
-    // Before there is room where that was.
+    // Mapped first, so that it does not take the place of `map`.
     let other = Map::shared(&device()?, 1024, 0)?;
     map.unmap()?;
     expect_resident(fd, 0, "unmapped")?;
@@ -612,7 +616,7 @@ fn read_into_pinned(ring: &Ring, fd: &OwnedFd) -> Result<()> {
     other.check(1)?;
     again.check(2)?;
 
-    // The old memory has what was read, and what it had.
+    // The old memory has the data that was read, and its previous content after that.
     ring.submit(entry(IORING_OP_WRITE_FIXED, &to, map))?;
     let written = ring.wait()?;
     ensure!(written == 8 * PAGE as i32, "WRITE_FIXED: {written}");
@@ -626,10 +630,10 @@ fn read_into_pinned(ring: &Ring, fd: &OwnedFd) -> Result<()> {
     expect_resident(fd, 0, "all unmapped")
 }
 
-/// A read that waits for data while its buffer is unmapped.
+/// A read waits for data while its buffer is unmapped.
 fn read_into_unmapped(ring: &Ring, fd: &OwnedFd) -> Result<()> {
     let [from, to] = pipe()?;
-    // SAFETY: No memory involved. Without it, the read would not wait.
+    // SAFETY: No memory involved. Clears O_NONBLOCK; otherwise the read would not wait.
     cvt(unsafe { libc::fcntl(from.as_raw_fd(), libc::F_SETFL, 0) })?;
     let map = Map::shared(fd, 4, 0)?;
     map.fill(TAG);
@@ -643,8 +647,8 @@ fn read_into_unmapped(ring: &Ring, fd: &OwnedFd) -> Result<()> {
     expect_resident(fd, 0, "unmapped")
 }
 
-/// A process maps, writes, verifies and unmaps pages; another of the same user writes into the
-/// same pages all the time, by way of the first one's address space.
+/// A process maps, writes, verifies and unmaps pages. Another process of the same user constantly
+/// writes into the same pages through the first one's address space.
 pub fn process_vm_writev_against_unmap() -> Result<()> {
     const PAGES: usize = 16;
     const ROUNDS: u64 = 300;
@@ -672,7 +676,7 @@ pub fn process_vm_writev_against_unmap() -> Result<()> {
                             map.word(page, 1).read_volatile(),
                         )
                     };
-                    ensure!(ours == round, "page {page}: {ours}, not {round}");
+                    ensure!(ours == round, "page {page}: {ours}, expected {round}");
                     // The kernel copies byte by byte.
                     let mut bytes = theirs.to_ne_bytes().into_iter().zip(TAG.to_ne_bytes());
                     let known = bytes.all(|(found, theirs)| found == 0 || found == theirs);
@@ -696,7 +700,7 @@ pub fn process_vm_writev_against_unmap() -> Result<()> {
                 iov_len: 8,
                 ..iovec(place.part(rng.usize(..PAGES), 1))
             };
-            // SAFETY: A word of ours, and the other process's own page.
+            // SAFETY: A word of this process, and the other process's own page.
             cvt(unsafe { libc::process_vm_writev(pid, &ours, 1, &theirs, 1, 0) } as i32)
         };
         own.meet()?;
@@ -706,7 +710,7 @@ pub fn process_vm_writev_against_unmap() -> Result<()> {
             match hit().map_err(|err| err.raw_os_error()) {
                 Ok(_) => hits += 1,
                 Err(Some(libc::EFAULT)) => {}
-                // It has ended, and has no memory any more.
+                // The other process has exited, and has no memory any more.
                 Err(_) => break,
             }
         }
@@ -719,8 +723,8 @@ pub fn process_vm_writev_against_unmap() -> Result<()> {
     .join()
 }
 
-/// A debugger's writes go where the process's own would: not into what it may only read, not into
-/// what it has unmapped, and a copy of its own is made in a private mapping.
+/// A debugger's writes behave like the process's own: they fail in read-only mappings and unmapped
+/// memory, and cause a copy in private mappings.
 pub fn ptrace_pokes() -> Result<()> {
     as_user(HOSTILE, |_| {
         let (dev, file) = (device()?, ioctl_file(4)?);
@@ -743,7 +747,7 @@ pub fn ptrace_pokes() -> Result<()> {
             shared.cover(fd, 0)?;
             gone.cover(fd, 0)?.unmap()?;
             let child = fork(|_| {
-                // SAFETY: Stops until it is let go on, or killed.
+                // SAFETY: No memory involved. Stops until continued or killed.
                 unsafe {
                     cvt(libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0) as i32)?;
                     cvt(libc::raise(libc::SIGSTOP))?;
@@ -765,7 +769,7 @@ pub fn ptrace_pokes() -> Result<()> {
                 expect_errno("poke, unmapped", poke(gone, page, 1), libc::EIO)?;
             }
             keeper.check(TAG + 10)?;
-            // SAFETY: Goes on, without a signal.
+            // SAFETY: No memory involved. Continues the child, without a signal.
             cvt(unsafe { libc::ptrace(libc::PTRACE_CONT, child.pid, 0, 0) } as i32)?;
             child.join()?;
             keeper.check(TAG + 10)?;

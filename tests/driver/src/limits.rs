@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Many of everything, and what happens where a limit is reached.
+//! Large numbers of everything, and what happens at each limit.
 //!
-//! Where the answer is "as with any file of tmpfs", a memfd goes through the same steps, and both
-//! have to end the same way.
+//! Where the driver has to behave like any tmpfs file, a memfd goes through the same steps, and the
+//! results have to be the same.
 
 use crate::sys::*;
 use anyhow::{Context, Result, bail, ensure};
@@ -13,12 +13,12 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 use std::{fs, io, mem, ptr, thread};
 
-/// What tests fill pages with.
+/// The tag tests fill pages with.
 const TAG: u64 = 0x11e1_7000_0000_0000;
 
-/// Waits until `check` is content. Much is freed a little later: by RCU, by a worker, or when the
-/// last reader of some `/proc` file is done.
-fn soon(mut check: impl FnMut() -> Result<()>) -> Result<()> {
+/// Waits until `check` succeeds. Much is freed a little later: by RCU, by a worker, or when the last
+/// reader of some `/proc` file is done.
+fn eventually(mut check: impl FnMut() -> Result<()>) -> Result<()> {
     let until = Instant::now() + Duration::from_secs(60);
     loop {
         match check() {
@@ -28,17 +28,17 @@ fn soon(mut check: impl FnMut() -> Result<()>) -> Result<()> {
     }
 }
 
-/// What a process that is over may not have kept.
-struct Machine {
+/// Resource usage before a test. Processes that have exited must not have kept any of it.
+struct Baseline {
     refs: usize,
     files: usize,
     pages: usize,
     objects: BTreeMap<String, usize>,
 }
 
-impl Machine {
-    fn now() -> Result<Self> {
-        // A few more or less do not matter, and shrinking takes its time under KASAN.
+impl Baseline {
+    fn take() -> Result<Self> {
+        // Small caches do not matter, and shrinking is slow under KASAN.
         for (cache, _) in objects()?.iter().filter(|(_, objects)| **objects > 500) {
             shrink(cache);
         }
@@ -50,14 +50,18 @@ impl Machine {
         })
     }
 
-    /// Fails unless the machine comes back to this after `opens` opens: no reference to the module,
-    /// no file and no page more, up to a few of other processes. If each open had left one object
-    /// of whatever kind, its slab cache would have `opens` more. Half of them is what caches may
-    /// have that are in use by others.
-    fn expect_back(&self, opens: usize) -> Result<()> {
-        soon(|| {
+    /// Fails unless usage returns to this after `opens` opens: no additional module reference, file
+    /// or page, apart from a few of other processes. If each open leaked one object of any kind, its
+    /// slab cache would have `opens` more. Up to half as many are tolerated, since others use the
+    /// caches as well.
+    fn expect_restored(&self, opens: usize) -> Result<()> {
+        eventually(|| {
             let (refs, files, pages) = (module_refs()?, file_nr()?, shared_pages()?);
-            ensure!(refs == self.refs, "module: {} -> {refs} users", self.refs);
+            ensure!(
+                refs == self.refs,
+                "module: {} -> {refs} references",
+                self.refs
+            );
             ensure!(files <= self.files + 8, "{} -> {files} files", self.files);
             ensure!(pages <= self.pages + 64, "{} -> {pages} pages", self.pages);
             for (cache, after) in objects()? {
@@ -72,18 +76,18 @@ impl Machine {
     }
 }
 
-/// Files open on this machine, counted exactly.
+/// Exact number of files open on this machine.
 fn file_nr() -> Result<usize> {
     let text = fs::read_to_string("/proc/sys/fs/file-nr")?;
     Ok(text.split_whitespace().next().context("file-nr")?.parse()?)
 }
 
-/// Pages of shared memory, wherever they are.
+/// Pages of shared memory and of swap in use.
 fn shared_pages() -> Result<usize> {
     Ok(meminfo("Shmem")? + meminfo("SwapTotal")? - meminfo("SwapFree")?)
 }
 
-/// Objects in use, by slab cache. Those that some CPU keeps for later count as in use.
+/// Objects in use, by slab cache. Free objects that a CPU caches count as in use.
 fn objects() -> Result<BTreeMap<String, usize>> {
     fs::read_to_string("/proc/slabinfo")?
         .lines()
@@ -97,7 +101,7 @@ fn objects() -> Result<BTreeMap<String, usize>> {
         .collect()
 }
 
-/// Has CPUs, and the quarantine of KASAN, give back what of this cache they keep.
+/// Makes CPUs, and KASAN's quarantine, give back the free objects of this cache that they hold.
 fn shrink(cache: &str) {
     let _ = fs::write(format!("/sys/kernel/slab/{cache}/shrink"), "1");
 }
@@ -107,13 +111,13 @@ fn set_limit(resource: libc::__rlimit_resource_t, limit: u64) -> Result<()> {
         rlim_cur: limit,
         rlim_max: limit,
     };
-    // SAFETY: The limit is ours to read.
+    // SAFETY: The kernel reads the limit.
     cvt(unsafe { libc::setrlimit(resource, &limit) }).context("setrlimit")?;
     Ok(())
 }
 
-/// Gives up being root, and all that comes with it.
-fn become_nobody() -> Result<()> {
+/// Drops root and its privileges.
+fn drop_root() -> Result<()> {
     // SAFETY: No memory involved.
     unsafe {
         cvt(libc::setgroups(0, ptr::null()))?;
@@ -127,23 +131,23 @@ fn map(fd: &OwnedFd, pages: usize, page: usize, flags: c_int) -> io::Result<Map>
     Map::new(ptr::null_mut(), pages, RW, flags, fd.as_raw_fd(), page)
 }
 
-/// What was answered: 0, or the error.
+/// The result as an errno: 0 for success.
 fn errno<T>(result: io::Result<T>) -> c_int {
     result.map_or_else(|err| err.raw_os_error().unwrap_or(-1), |_| 0)
 }
 
-/// Steps and what each was answered.
-type Answers = Vec<(&'static str, c_int)>;
+/// Steps and the errno of each.
+type Results = Vec<(&'static str, c_int)>;
 
-/// Has a memfd of `pages` pages, and then both doors, go through `steps`, each in a process of its
-/// own. Fails unless each gets the `expected` answers, and all comes back.
-/// `steps` gets the file, and whether it is one of the driver.
-fn as_a_memfd(
+/// Runs `steps` on a memfd of `pages` pages and then through both doors, each in its own process.
+/// Fails unless each run returns the `expected` results and usage returns to the baseline. `steps`
+/// gets the file, and whether it is the driver's.
+fn same_as_memfd(
     pages: usize,
     expected: &[c_int],
-    steps: impl Fn(&OwnedFd, bool) -> Result<Answers>,
+    steps: impl Fn(&OwnedFd, bool) -> Result<Results>,
 ) -> Result<()> {
-    let machine = Machine::now()?;
+    let baseline = Baseline::take()?;
     let doors: [(_, &dyn Fn() -> Result<OwnedFd>); 3] = [
         ("a memfd", &|| memfd(pages)),
         ("the device", &device),
@@ -151,18 +155,18 @@ fn as_a_memfd(
     ];
     for (number, (door, open)) in doors.into_iter().enumerate() {
         fork(|_| {
-            let answers = steps(&open()?, number > 0)?;
-            let found: Vec<_> = answers.iter().map(|(_, errno)| *errno).collect();
-            ensure!(found == expected, "{answers:?}, not {expected:?}");
+            let results = steps(&open()?, number > 0)?;
+            let found: Vec<_> = results.iter().map(|(_, errno)| *errno).collect();
+            ensure!(found == expected, "{results:?}, expected {expected:?}");
             Ok(())
         })?
         .join()
         .context(door)?;
     }
-    machine.expect_back(0)
+    baseline.expect_restored(0)
 }
 
-/// Pages of `fd`, if it is a file of the driver, which alone says.
+/// Checks the number of resident pages of `fd`, if it is the driver's: no other file reports it.
 fn expect_pages(fd: &OwnedFd, ours: bool, pages: usize, when: &str) -> Result<()> {
     if ours {
         expect_resident(fd, pages, when)?;
@@ -170,26 +174,27 @@ fn expect_pages(fd: &OwnedFd, ours: bool, pages: usize, when: &str) -> Result<()
     Ok(())
 }
 
-/// A word per process that all those forked from here can write.
+/// `words` words that this process shares with those it forks, each in its own page.
 fn shared_words(words: usize) -> Result<Map> {
     let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
     Ok(Map::new(ptr::null_mut(), words, RW, flags, -1, 0)?)
 }
 
 /// 64 processes with 1,000 objects each, of one page or two. Some unmap, some only close, some
-/// just end, some are killed. Nobody's pages change, and all come back.
-/// A machine that is slow (with KASAN, say) makes fewer, 10 at least, and it is said how many.
+/// exit, some are killed. No page changes while in use, and all are freed.
+/// A slow machine (with KASAN, say) makes fewer objects, at least 10 per process; the test prints
+/// how many.
 pub fn many_objects_of_many_processes() -> Result<()> {
     const PROCESSES: usize = 64;
     const OBJECTS: usize = 1000;
     const LEAST: usize = 10;
     let tag = |process: usize, object: usize| TAG + ((process * OBJECTS + object) << 8) as u64;
-    let machine = Machine::now()?;
+    let baseline = Baseline::take()?;
     let start = Instant::now();
     let made = shared_words(PROCESSES)?;
     let work = |process: usize, peer: &mut Peer| -> Result<()> {
         set_limit(libc::RLIMIT_NOFILE, OBJECTS as u64 + 100)?;
-        // So many must not starve kernel threads of low priority: kmemleak's holds RCU meanwhile.
+        // 64 busy processes must not starve low-priority kernel threads: kmemleak's scan holds RCU.
         // SAFETY: No memory involved.
         cvt(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) })?;
         let mut files = Vec::new();
@@ -209,7 +214,7 @@ pub fn many_objects_of_many_processes() -> Result<()> {
             maps.push(map);
         }
         made.write(process, maps.len() as u64);
-        // All have all. Then the parent has seen it.
+        // First all processes have their objects, then the parent has counted the pages.
         peer.meet()?;
         peer.meet()?;
         for (object, map) in maps.iter().enumerate() {
@@ -222,7 +227,7 @@ pub fn many_objects_of_many_processes() -> Result<()> {
             2 => mem::forget(files),
             _ => {
                 peer.meet()?;
-                // To be killed.
+                // The parent kills this process here.
                 peer.meet()?;
             }
         }
@@ -236,12 +241,12 @@ pub fn many_objects_of_many_processes() -> Result<()> {
     let objects: Vec<_> = (0..PROCESSES)
         .map(|process| made.read(process) as usize)
         .collect();
-    // Half of them have two pages. And those for the words.
+    // Every other object has two pages. `made` itself has one per process.
     let pages = objects.iter().map(|n| n + n / 2).sum::<usize>() + PROCESSES;
-    let more = shared_pages()?.saturating_sub(machine.pages);
+    let more = shared_pages()?.saturating_sub(baseline.pages);
     ensure!(
         more.abs_diff(pages) < 64,
-        "{more} pages more, {pages} touched"
+        "{more} more pages, {pages} touched"
     );
     let objects: usize = objects.iter().sum();
     println!("{objects} objects made in {:.1?}", start.elapsed());
@@ -255,37 +260,37 @@ pub fn many_objects_of_many_processes() -> Result<()> {
         }
     }
     made.unmap()?;
-    machine.expect_back(objects)?;
-    println!("all gone after {:.1?}", start.elapsed());
+    baseline.expect_restored(objects)?;
+    println!("all freed after {:.1?}", start.elapsed());
     count("pages", pages as u64);
     Ok(())
 }
 
-/// 100,000 mappings in one process, a page each, and its end: by exit, and by one munmap(2).
-/// Kernels that look at all mappings of a process at every mmap(2) (DEBUG_VM_MAPLE_TREE) would take
-/// hours for so many: then it is as many as fit into half a minute, and said how many.
+/// One process has 100,000 mappings of a page each, which go away at exit or with one munmap(2).
+/// Kernels that check all mappings of a process at every mmap(2) (DEBUG_VM_MAPLE_TREE) would take
+/// hours for that: they get as many as fit into half a minute. The test prints how many.
 pub fn many_mappings_of_one_process() -> Result<()> {
     const MANY: usize = 100_000;
     const LEAST: usize = 1000;
     let _limit = Setting::set("/proc/sys/vm/max_map_count", 2 * MANY)?;
     let device = device()?;
-    // Its memory is made by the first mapping, and counted as a user of the module from then on.
+    // The first mapping creates the memory, which holds a reference to the module from then on.
     Map::shared(&device, 1, 0)?.unmap()?;
     for (door, fd, at_once) in [
         ("the device", device, false),
         ("a file of the ioctl", ioctl_file(2 * MANY)?, true),
     ] {
-        let machine = Machine::now()?;
+        let baseline = Baseline::take()?;
         let made = shared_words(1)?;
         let start = Instant::now();
         let mut child = fork(|peer| {
             let before = vma_count()?;
-            // Room for all, given up again so that there is less to do for each.
+            // Finds room for all, but gives it up again: mapping over a reservation costs more.
             let place = Map::reserve(MANY)?;
             place.unmap()?;
             let mut mapped = 0;
             while mapped < LEAST || mapped < MANY && start.elapsed().as_secs() < 30 {
-                // Every other page of the file: these never merge.
+                // Every other page of the file, so that the VMAs never merge.
                 let map = place.part(mapped, 1).cover(&fd, 2 * mapped)?;
                 map.write(0, TAG + mapped as u64);
                 mapped += 1;
@@ -312,24 +317,24 @@ pub fn many_mappings_of_one_process() -> Result<()> {
         child.meet()?;
         if at_once {
             child.meet()?;
-            expect_resident(&fd, 0, "unmapped at once")?;
+            expect_resident(&fd, 0, "unmapped in one call")?;
             child.meet()?;
         }
         child.join()?;
         expect_resident(&fd, 0, "the process is gone")?;
-        println!("{door}: gone in {:.1?}", start.elapsed());
+        println!("{door}: freed in {:.1?}", start.elapsed());
         count("pages", mapped as u64);
         made.unmap()?;
-        machine.expect_back(mapped)?;
+        baseline.expect_restored(mapped)?;
     }
     Ok(())
 }
 
-/// 1,000 opens per second, by four processes, each mapping and touching a page. For as long as the
-/// race test, a minute at most: 10 s by default, and a minute if that has a minute or more. What
-/// counts is how many there were, not how fast; so a slow machine makes fewer, and it is said how
-/// many. 2,000 at least, as one object lost per open must stand out.
-pub fn opens_for_a_while(seconds: u64) -> Result<()> {
+/// Four processes make 1,000 opens per second in total, and map and touch a page of each. This runs
+/// for as long as the race test (10 s by default), but at most a minute. The number of opens matters,
+/// not the rate: a slow machine makes fewer, and the test prints how many. There are at least 2,000,
+/// so that a leak of one object per open stands out.
+pub fn sustained_opens(seconds: u64) -> Result<()> {
     const PROCESSES: usize = 4;
     const PER_SECOND: usize = 1000;
     const LEAST: usize = 2000;
@@ -337,7 +342,7 @@ pub fn opens_for_a_while(seconds: u64) -> Result<()> {
     let most = LEAST.max(PER_SECOND * seconds as usize) / PROCESSES;
     let opens = shared_words(PROCESSES)?;
 
-    let machine = Machine::now()?;
+    let baseline = Baseline::take()?;
     let start = Instant::now();
     let work = |process: usize| -> Result<()> {
         for open in 0..most {
@@ -371,14 +376,14 @@ pub fn opens_for_a_while(seconds: u64) -> Result<()> {
     let made: u64 = (0..PROCESSES).map(|process| opens.read(process)).sum();
     println!("{made} opens in {:.1?}", start.elapsed());
     count("operations", made);
-    machine.expect_back(made as usize)
+    baseline.expect_restored(made as usize)
 }
 
-/// A process opens until it has no descriptor left: EMFILE, as many as with a memfd, and nothing
-/// it has is touched.
+/// A process opens files until it is out of descriptors: EMFILE, at the same number as with
+/// /dev/null, and what it has stays intact.
 pub fn descriptors_of_a_process() -> Result<()> {
     const LIMIT: usize = 256;
-    let machine = Machine::now()?;
+    let baseline = Baseline::take()?;
     let open: [fn(&OwnedFd) -> io::Result<OwnedFd>; 3] = [
         |_| open("/dev/null", libc::O_RDONLY),
         |_| open(DEVICE, libc::O_RDWR),
@@ -392,7 +397,7 @@ pub fn descriptors_of_a_process() -> Result<()> {
         fork(|_| {
             set_limit(libc::RLIMIT_NOFILE, LIMIT as u64)?;
             let dev = device()?;
-            // Every descriptor below the limit can be had, and no other.
+            // Every descriptor below the limit is usable, and none beyond it.
             let free = LIMIT - open_descriptors()?;
             let mut files = Vec::new();
             let mut maps = Vec::new();
@@ -421,16 +426,16 @@ pub fn descriptors_of_a_process() -> Result<()> {
         .join()
         .with_context(|| format!("door {door}"))?;
     }
-    machine.expect_back(0)
+    baseline.expect_restored(0)
 }
 
-/// Descriptors this process has.
+/// Number of descriptors this process has open.
 fn open_descriptors() -> Result<usize> {
-    // One of them is there for reading the directory.
+    // One of them is for reading the directory.
     Ok(fs::read_dir("/proc/self/fd")?.count() - 1)
 }
 
-/// The lowest descriptor that is free. Takes no file, so it can be asked when there is none.
+/// The lowest free descriptor. Needs no free file, so it works at the file limit.
 fn free_descriptor(fd: &OwnedFd) -> Result<RawFd> {
     // SAFETY: No memory involved; the descriptor made is closed at once.
     unsafe {
@@ -440,17 +445,17 @@ fn free_descriptor(fd: &OwnedFd) -> Result<RawFd> {
     }
 }
 
-/// The machine has no file left for an unprivileged user: ENFILE. An open of the device takes two
-/// files, so the second may be the one that is missing.
+/// The machine has no file left for an unprivileged user: ENFILE from an open of the device and from
+/// the ioctl, each of which takes one file.
 pub fn files_of_the_machine() -> Result<()> {
-    /// The kernel's count is exact to some files per CPU only, so not every try gets there.
+    /// The kernel's count is only exact to within some files per CPU, so not every try succeeds.
     const TRIES: usize = 50;
-    let machine = Machine::now()?;
+    let baseline = Baseline::take()?;
     let child = {
         let _limit = Setting::set("/proc/sys/fs/file-max", file_nr()? + 300)?;
         let child = fork(|_| {
             set_limit(libc::RLIMIT_NOFILE, 4096)?;
-            become_nobody()?;
+            drop_root()?;
             let null = || open("/dev/null", libc::O_RDONLY);
             let dev = device()?;
             let map = Map::shared(&dev, 16, 0)?;
@@ -464,22 +469,22 @@ pub fn files_of_the_machine() -> Result<()> {
                         full => break expect_errno("/dev/null", full, ENFILE)?,
                     }
                 }
-                // One file less at a time, until both doors open.
+                // Frees one file at a time, until both doors open.
                 loop {
                     let free = free_descriptor(&dev)?;
                     let one = null().is_ok();
-                    let answers = [
+                    let results = [
                         errno(ioctl_new(&dev, DEVANON_CLOEXEC, 0)),
                         errno(open(DEVICE, libc::O_RDWR)),
                     ];
                     ensure!(free_descriptor(&dev)? == free, "a descriptor was lost");
-                    match answers {
+                    match results {
                         [0, 0] => break,
                         [0, ENFILE] if one => halfway += 1,
                         [ENFILE, ENFILE] => {}
-                        _ => bail!("{answers:?}"),
+                        _ => bail!("{results:?}"),
                     }
-                    // What is there goes on.
+                    // The existing object still works.
                     map.check(TAG)?;
                     let second = Map::shared(&dev, 1, 16)?;
                     second.write(0, 1);
@@ -492,21 +497,20 @@ pub fn files_of_the_machine() -> Result<()> {
                     break;
                 }
             }
-            expect_resident(&dev, 16, "after all")?;
-            // Others of this machine open files as well, so this may come to nothing.
-            println!("{halfway} opens of the device had one file and no second");
+            expect_resident(&dev, 16, "at the end")?;
+            println!("{halfway} times the ioctl got a file, but not the open after it");
             Ok(())
         })?;
         child.join()
     };
     child?;
-    machine.expect_back(0)
+    baseline.expect_restored(0)
 }
 
 /// No address space left (RLIMIT_AS): ENOMEM, and what is mapped stays mapped.
 pub fn address_space() -> Result<()> {
     let expected = [ENOMEM, ENOMEM, ENOMEM, ENOMEM, ENOMEM, 0, 0];
-    as_a_memfd(8192, &expected, |fd, ours| {
+    same_as_memfd(8192, &expected, |fd, ours| {
         let place = Map::reserve(8192)?;
         let kept = place.part(0, 64).cover(fd, 0)?;
         kept.fill(TAG);
@@ -515,10 +519,10 @@ pub fn address_space() -> Result<()> {
         let pages: usize = statm.split(' ').next().context("statm")?.parse()?;
         set_limit(libc::RLIMIT_AS, ((pages + 256) * PAGE) as u64)?;
 
-        let same = |answer: c_int| -> Result<c_int> {
+        let unchanged = |result: c_int| -> Result<c_int> {
             expect_pages(fd, ours, 64, "at the limit")?;
             kept.check(TAG)?;
-            Ok(answer)
+            Ok(result)
         };
         let shared = libc::MAP_SHARED;
         let none = Map { pages: 0, ..kept };
@@ -526,18 +530,21 @@ pub fn address_space() -> Result<()> {
             pages: 4096,
             ..kept
         };
-        let mut answers = vec![
-            ("shared", same(errno(map(fd, 4096, 0, shared)))?),
-            ("private", same(errno(map(fd, 4096, 0, libc::MAP_PRIVATE)))?),
+        let mut results = vec![
+            ("shared", unchanged(errno(map(fd, 4096, 0, shared)))?),
+            (
+                "private",
+                unchanged(errno(map(fd, 4096, 0, libc::MAP_PRIVATE)))?,
+            ),
             ("grow", {
-                same(errno(kept.remap(
+                unchanged(errno(kept.remap(
                     4096,
                     libc::MREMAP_MAYMOVE,
                     ptr::null_mut(),
                 )))?
             }),
             ("second", {
-                same(errno(none.remap(
+                unchanged(errno(none.remap(
                     4096,
                     libc::MREMAP_MAYMOVE,
                     ptr::null_mut(),
@@ -545,7 +552,7 @@ pub fn address_space() -> Result<()> {
             }),
             ("over itself, longer", {
                 let flags = shared | libc::MAP_FIXED;
-                same(errno(Map::new(
+                unchanged(errno(Map::new(
                     over.addr,
                     over.pages,
                     RW,
@@ -555,30 +562,30 @@ pub fn address_space() -> Result<()> {
                 )))?
             }),
         ];
-        // What is given up can be had again.
+        // Unmapped address space can be mapped again.
         kept.part(32, 32).unmap()?;
         expect_pages(fd, ours, 32, "half unmapped")?;
-        answers.push(("small", errno(map(fd, 128, 0, shared))));
+        results.push(("small", errno(map(fd, 128, 0, shared))));
         set_limit(libc::RLIMIT_AS, libc::RLIM_INFINITY)?;
-        answers.push(("no limit", errno(map(fd, 4096, 0, shared))));
+        results.push(("no limit", errno(map(fd, 4096, 0, shared))));
         kept.part(0, 32).check(TAG)?;
-        Ok(answers)
+        Ok(results)
     })
 }
 
-/// No VMA left (vm.max_map_count). What would need one more fails with ENOMEM and changes nothing;
-/// what needs none works.
+/// No VMA left (vm.max_map_count). A call that needs one more fails with ENOMEM and changes nothing;
+/// a call that needs none works.
 pub fn mappings_of_a_process() -> Result<()> {
     const LIMIT: usize = 300;
     let _limit = Setting::set("/proc/sys/vm/max_map_count", LIMIT)?;
     let expected = [
         ENOMEM, ENOMEM, ENOMEM, ENOMEM, ENOMEM, ENOMEM, ENOMEM, ENOMEM, 0, 0, 0, 0,
     ];
-    as_a_memfd(4096, &expected, |fd, ours| {
+    same_as_memfd(4096, &expected, |fd, ours| {
         let place = Map::reserve(1024)?;
         let block = place.part(0, 64).cover(fd, 0)?;
         block.fill(TAG);
-        // Single pages that cannot merge, until no more can be had.
+        // Single pages that cannot merge, until the limit is reached.
         let flags = libc::MAP_SHARED | libc::MAP_FIXED;
         let single = |number: usize| -> io::Result<Map> {
             let addr = place.part(64 + number, 1).addr;
@@ -595,13 +602,13 @@ pub fn mappings_of_a_process() -> Result<()> {
             }
         };
         ensure!(singles.len() > LIMIT / 2, "{} mappings", singles.len());
-        let same = |answer: c_int| -> Result<c_int> {
+        let unchanged = |result: c_int| -> Result<c_int> {
             expect_pages(fd, ours, 64 + singles.len(), "at the limit")?;
             block.check(TAG)?;
             for (number, map) in singles.iter().enumerate() {
                 ensure!(map.read(0) == TAG + number as u64, "single {number}");
             }
-            Ok(answer)
+            Ok(result)
         };
 
         let middle = block.part(30, 1);
@@ -617,67 +624,70 @@ pub fn mappings_of_a_process() -> Result<()> {
         };
         let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         let fixed = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-        let mut answers = vec![
-            ("mmap", same(full)?),
-            ("munmap", same(unmap(middle))?),
-            ("mprotect", same(errno(middle.protect(libc::PROT_READ)))?),
+        let mut results = vec![
+            ("mmap", unchanged(full)?),
+            ("munmap", unchanged(unmap(middle))?),
+            (
+                "mprotect",
+                unchanged(errno(middle.protect(libc::PROT_READ)))?,
+            ),
             ("mmap over", {
-                same(over(middle, fd.as_raw_fd(), libc::MAP_SHARED))?
+                unchanged(over(middle, fd.as_raw_fd(), libc::MAP_SHARED))?
             }),
-            ("anonymous over", same(over(middle, -1, anonymous))?),
+            ("anonymous over", unchanged(over(middle, -1, anonymous))?),
             ("mremap", {
-                same(errno(middle.remap(
+                unchanged(errno(middle.remap(
                     2,
                     libc::MREMAP_MAYMOVE,
                     ptr::null_mut(),
                 )))?
             }),
             ("mremap over", {
-                same(errno(middle.remap(1, fixed, singles[0].addr)))?
+                unchanged(errno(middle.remap(1, fixed, singles[0].addr)))?
             }),
             ("mlock", {
                 // SAFETY: The test's own mapping.
-                same(errno(cvt(unsafe { libc::mlock(middle.addr.cast(), PAGE) })))?
+                unchanged(errno(cvt(unsafe { libc::mlock(middle.addr.cast(), PAGE) })))?
             }),
         ];
-        // A process that forks at its limit, and ends.
-        fork(|_| same(0).map(drop))?.join()?;
-        same(0)?;
+        // The process forks at its limit, and the child exits.
+        fork(|_| unchanged(0).map(drop))?.join()?;
+        unchanged(0)?;
 
-        answers.push(("munmap of the head", unmap(block.part(0, 1))));
+        results.push(("munmap of the head", unmap(block.part(0, 1))));
         expect_pages(fd, ours, 63 + singles.len(), "head unmapped")?;
-        // mmap(2) goes one beyond the limit, hence two.
-        answers.push(("munmap of one", unmap(singles[7])));
-        answers.push(("munmap of another", unmap(singles[9])));
+        // mmap(2) can exceed the limit by one, hence two.
+        results.push(("munmap of one", unmap(singles[7])));
+        results.push(("munmap of another", unmap(singles[9])));
         expect_pages(fd, ours, 61 + singles.len(), "two unmapped")?;
-        answers.push(("munmap, with one to spare", unmap(middle)));
+        results.push(("munmap, with one to spare", unmap(middle)));
         expect_pages(fd, ours, 60 + singles.len(), "middle unmapped")?;
         block.part(1, 29).check(TAG + 1)?;
         block.part(31, 33).check(TAG + 31)?;
         place.unmap()?;
         expect_pages(fd, ours, 0, "all unmapped")?;
-        Ok(answers)
+        Ok(results)
     })
 }
 
-/// munmap(2), with its error.
+/// munmap(2), as an errno.
 fn unmap(map: Map) -> c_int {
-    // SAFETY: The test mapped it, and does not use it after this.
+    // SAFETY: The test's own mapping, which it does not use afterwards.
     errno(cvt(unsafe {
         libc::munmap(map.addr.cast(), map.pages * PAGE)
     }))
 }
 
-/// No more memory may be locked (RLIMIT_MEMLOCK).
+/// The limit of locked memory (RLIMIT_MEMLOCK).
 pub fn locked_memory() -> Result<()> {
     use libc::{EAGAIN, EPERM};
     let before = meminfo("Mlocked")?;
     let expected = [
         0, ENOMEM, ENOMEM, EAGAIN, EAGAIN, ENOMEM, 0, 0, EPERM, EPERM,
     ];
-    as_a_memfd(4096, &expected, |fd, ours| {
+    same_as_memfd(4096, &expected, |fd, ours| {
         set_limit(libc::RLIMIT_MEMLOCK, 16 * PAGE as u64)?;
-        become_nobody()?;
+        drop_root()?;
         let kept = Map::shared(fd, 64, 0)?;
         kept.fill(TAG);
         let lock = |pages: usize, flags: u32| {
@@ -687,7 +697,7 @@ pub fn locked_memory() -> Result<()> {
             }))
         };
         let locked = libc::MAP_SHARED | libc::MAP_LOCKED;
-        let mut answers = vec![
+        let mut results = vec![
             ("mlock", lock(8, 0)),
             ("mlock too much", lock(17, 0)),
             ("mlock too much, on fault", lock(17, libc::MLOCK_ONFAULT)),
@@ -703,19 +713,19 @@ pub fn locked_memory() -> Result<()> {
         ];
         expect_pages(fd, ours, 64, "at the limit")?;
         kept.check(TAG)?;
-        // What is unmapped is locked no more.
-        answers.push(("munmap", unmap(kept.part(0, 8))));
+        // Unmapped pages are no longer locked.
+        results.push(("munmap", unmap(kept.part(0, 8))));
         expect_pages(fd, ours, 56, "unmapped")?;
-        answers.push(("MAP_LOCKED of 16", errno(map(fd, 16, 100, locked))));
+        results.push(("MAP_LOCKED of 16", errno(map(fd, 16, 100, locked))));
         expect_pages(fd, ours, 72, "locked, so brought in")?;
         set_limit(libc::RLIMIT_MEMLOCK, 0)?;
-        answers.push(("mlock, none allowed", lock(8, 0)));
-        answers.push(("MAP_LOCKED, none allowed", errno(map(fd, 1, 0, locked))));
+        results.push(("mlock, none allowed", lock(8, 0)));
+        results.push(("MAP_LOCKED, none allowed", errno(map(fd, 1, 0, locked))));
         kept.part(8, 56).check(TAG + 8)?;
-        Ok(answers)
+        Ok(results)
     })?;
-    soon(|| {
-        // Each processor keeps a few pages for later, and this empties all of them.
+    eventually(|| {
+        // Each CPU batches a few pages; this drains the batches.
         fs::write("/proc/sys/vm/drop_caches", "1")?;
         let after = meminfo("Mlocked")?;
         ensure!(after <= before + 8, "Mlocked: {before} -> {after} pages");
@@ -723,11 +733,11 @@ pub fn locked_memory() -> Result<()> {
     })
 }
 
-/// Files may not be larger than this (RLIMIT_FSIZE): EFBIG and SIGXFSZ for a file of the ioctl, as
-/// for a memfd. The device's memory is no file that one writes.
+/// The limit of file size (RLIMIT_FSIZE): EFBIG and SIGXFSZ for a file of the ioctl, as for a memfd.
+/// It does not apply to the device's memory, which is not written as a file.
 pub fn size_of_files() -> Result<()> {
-    let machine = Machine::now()?;
-    let steps = |fd: &OwnedFd| -> Result<Answers> {
+    let baseline = Baseline::take()?;
+    let steps = |fd: &OwnedFd| -> Result<Results> {
         set_limit(libc::RLIMIT_FSIZE, 4 * PAGE as u64)?;
         // SAFETY: A set of signals on the stack, made empty before it is used.
         let signals = unsafe {
@@ -746,19 +756,19 @@ pub fn size_of_files() -> Result<()> {
                 tv_sec: 0,
                 tv_nsec: 0,
             };
-            // SAFETY: The set and the time are ours to read. Takes a signal, if there is one.
+            // SAFETY: The kernel reads the set and the time. Takes a pending signal, if any.
             unsafe { libc::sigtimedwait(&signals, ptr::null_mut(), &now) }
         };
         let kept = Map::shared(fd, 4, 0)?;
         kept.fill(TAG);
         let write = |page: usize| {
             let bytes = [7u8; 2 * PAGE];
-            // SAFETY: The bytes are ours to read.
+            // SAFETY: The kernel reads the bytes.
             let ret = unsafe {
                 let at = (page * PAGE) as i64;
                 libc::pwrite(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), at)
             };
-            // The bytes written, or the error.
+            // The number of bytes written, or the errno.
             if ret < 0 {
                 errno(cvt(-1))
             } else {
@@ -771,7 +781,7 @@ pub fn size_of_files() -> Result<()> {
                 libc::fallocate(fd.as_raw_fd(), 0, 0, (pages * PAGE) as i64)
             }))
         };
-        let answers = vec![
+        let results = vec![
             ("truncate to 5 pages", errno(truncate(fd, 5 * PAGE))),
             ("its signal", signal()),
             ("write of pages 4 and 5", write(4)),
@@ -785,7 +795,7 @@ pub fn size_of_files() -> Result<()> {
         ];
         ensure!(kept.read(3) == u64::from_ne_bytes([7; 8]), "not written");
         kept.part(0, 3).check(TAG)?;
-        Ok(answers)
+        Ok(results)
     };
     let expected = [
         EFBIG,
@@ -802,9 +812,9 @@ pub fn size_of_files() -> Result<()> {
     for ours in [false, true] {
         fork(|_| {
             let fd = if ours { ioctl_file(4)? } else { memfd(4)? };
-            let answers = steps(&fd)?;
-            let found: Vec<_> = answers.iter().map(|(_, answer)| *answer).collect();
-            ensure!(found == expected, "ours {ours}: {answers:?}");
+            let results = steps(&fd)?;
+            let found: Vec<_> = results.iter().map(|(_, result)| *result).collect();
+            ensure!(found == expected, "ours {ours}: {results:?}");
             Ok(())
         })?
         .join()?;
@@ -816,17 +826,17 @@ pub fn size_of_files() -> Result<()> {
         map.check(TAG)
     })?
     .join()?;
-    machine.expect_back(0)
+    baseline.expect_restored(0)
 }
 
 const OVERCOMMIT: &str = "/proc/sys/vm/overcommit_memory";
 
-/// What may be mapped that there is no memory for: as much of it, shared, as one likes, as it is
-/// with a memfd, whose pages count when they are touched; not so /dev/zero's, which count at once.
-/// Private and writable memory counts at once, whatever file it is of.
+/// How much can be mapped without memory for it. Shared mappings are unlimited, as with a memfd:
+/// their pages are accounted when touched. Those of /dev/zero are accounted when mapped, and so are
+/// private writable mappings of any file.
 pub fn overcommit_of_mappings() -> Result<()> {
     const TERABYTE: usize = (1 << 40) / PAGE;
-    let answers = |fd: &OwnedFd| {
+    let results = |fd: &OwnedFd| {
         let private = libc::MAP_PRIVATE;
         [libc::MAP_SHARED, private, private | libc::MAP_NORESERVE].map(|flags| {
             match map(fd, TERABYTE, 0, flags) {
@@ -848,27 +858,27 @@ pub fn overcommit_of_mappings() -> Result<()> {
         ];
         let _mode = Setting::set(OVERCOMMIT, mode)?;
         for (number, (fd, expected)) in files.into_iter().enumerate() {
-            let found = answers(&fd);
+            let found = results(&fd);
             ensure!(
                 found == expected,
-                "mode {mode}, file {number}: {found:?}, not {expected:?}"
+                "mode {mode}, file {number}: {found:?}, expected {expected:?}"
             );
         }
     }
     Ok(())
 }
 
-/// Pages count when they are touched. When no more may be had, a touch is SIGBUS (EFAULT, asked
-/// for by madvise), as with a memfd; and what is unmapped counts no more.
+/// Pages are accounted when touched. At the limit, a touch is SIGBUS (EFAULT when populated by
+/// madvise), as with a memfd; unmapping pages unaccounts them.
 pub fn overcommit_of_pages() -> Result<()> {
-    // What each CPU may have counted for itself alone makes as much as this, in all.
+    // All per-CPU counter batches together add up to this much.
     let slack = meminfo("MemTotal")? / 256 + 256;
     let room = 4 * slack;
     let reserve = fs::read_to_string("/proc/sys/vm/admin_reserve_kbytes")?;
     let reserve = reserve.trim().parse::<usize>()? * 1024 / PAGE;
     let _large_processes_may = Setting::set("/proc/sys/vm/user_reserve_kbytes", 0)?;
-    // Shared memory, never touched, that counts at once. It takes all, but for room for this
-    // test, and a reserve that only root gets: the rest of this machine needs it meanwhile.
+    // Shared memory that is accounted when mapped, and never touched. It takes everything except
+    // room for this test, and a reserve for root that the rest of the machine needs meanwhile.
     let _always = Setting::set(OVERCOMMIT, 1)?;
     let left = meminfo("CommitLimit")?.saturating_sub(meminfo("Committed_AS")?);
     let ballast = shared_words(left.checked_sub(room + reserve).context("no room")?)?;
@@ -876,8 +886,8 @@ pub fn overcommit_of_pages() -> Result<()> {
     let never = Setting::set(OVERCOMMIT, 2)?;
 
     let many = 2 * room;
-    as_a_memfd(many, &[libc::EFAULT, 0], |fd, ours| {
-        become_nobody()?;
+    same_as_memfd(many, &[libc::EFAULT, 0], |fd, ours| {
+        drop_root()?;
         let all = Map::shared(fd, many, 0)?;
         let (mut touched, step) = (0, 16);
         let full = loop {
@@ -900,11 +910,11 @@ pub fn overcommit_of_pages() -> Result<()> {
             truncate(fd, many * PAGE)?;
         }
         let again = Map::shared(fd, room - slack, 0)?;
-        let answer = errno(again.advise(libc::MADV_POPULATE_WRITE));
-        Ok(vec![("touch", full), ("touch again", answer)])
+        let result = errno(again.advise(libc::MADV_POPULATE_WRITE));
+        Ok(vec![("touch", full), ("touch again", result)])
     })?;
     drop(never);
-    soon(|| {
+    eventually(|| {
         let after = meminfo("Committed_AS")?;
         ensure!(
             after < committed + slack / 4,

@@ -3,8 +3,8 @@
 //! Tests of `/dev/anon`. Run as root in a virtual machine: they load and unload the module, set up
 //! swap, and write to sysfs.
 //!
-//! Every test is a process of its own, so that one that crashes or hangs is one that fails. What
-//! the kernel is tainted with is compared around each.
+//! Every test runs in its own process, so a crash or a hang fails that test alone. The kernel's
+//! taint flags are compared before and after each test.
 
 mod doors;
 mod faults;
@@ -29,47 +29,47 @@ use std::{env, fs, thread};
 
 /// Tests of /dev/anon: KTAP on stdout.
 ///
-/// Needs root, and a machine that nobody minds: module and swap are set up by this program.
-/// Exit status: 0 all passed (or skipped), 1 some failed, 2 wrong use.
+/// Needs root and a disposable machine: this program loads the module and sets up swap.
+/// Exit status: 0 all passed (or skipped), 1 some failed, 2 wrong usage.
 #[derive(Parser)]
 #[command(name = "devanon-tests", version)]
 struct Args {
-    /// Run these only, by name or by group (what is before the `::`); all by default
+    /// Run only these tests or groups (the part before `::`); all by default
     tests: Vec<String>,
-    /// Leave this test or group out; may be repeated
+    /// Skip this test or group; may be repeated
     #[arg(long, value_name = "TEST")]
     skip: Vec<String>,
     /// Print the names of the tests and exit
     #[arg(long)]
     list: bool,
-    /// The kernel has patches/host: a node opened before its driver was there works
+    /// The kernel has patches/host: a node opened before the driver was loaded works afterwards
     #[arg(long)]
     node_works: bool,
-    /// The driver was built with DEVANON_MMAP_PREPARE=y: the device's mappings merge
+    /// The driver was built with DEVANON_MMAP_PREPARE=y: adjacent mappings of the device merge
     #[arg(long)]
     merges: bool,
-    /// Operations of the model test
+    /// Number of operations in the model test, and of calls in the random-call test
     #[arg(long, default_value_t = 20_000)]
     operations: u64,
-    /// Seed of what is drawn at random, to replay a run; random by default
+    /// Random seed, to replay a run; random by default
     #[arg(long)]
     seed: Option<u64>,
-    /// Seconds of the race test, of the opens at a pace (a minute at most), and of loading and
-    /// unloading (20 seconds at least)
+    /// Duration in seconds of the race test, of the sustained opens (at most 60), and of the load
+    /// and unload loop (at least 20)
     #[arg(long, default_value_t = 10)]
     race: u64,
-    /// Run this one test in this process (what the program calls itself with)
-    #[arg(long, hide = true, requires = "draw")]
+    /// Run this one test in this process (internal: how the program runs each test)
+    #[arg(long, hide = true, requires = "one_seed")]
     one: Option<String>,
-    /// The seed, in that case
+    /// The seed for `--one`
     #[arg(long, hide = true)]
-    draw: Option<u64>,
+    one_seed: Option<u64>,
 }
 
-/// A name and what to run, with the arguments and a seed.
+/// A test's name, and its function of the command line and a seed.
 type Test = (&'static str, fn(&Args, u64) -> Result<()>);
 
-/// Names each test after its function. In parentheses, what of the arguments and the seed it wants.
+/// Names each test after its function. In parentheses: the arguments to call that function with.
 macro_rules! tests {
     ($($module:ident { $($name:ident $(($args:ident, $seed:ident: $($with:expr),*))?,)* })*) => {
         &[$($((
@@ -87,7 +87,7 @@ const TESTS: &[Test] = tests! {
     doors {
         node_from_devtmpfs,
         node_by_hand,
-        mem_devices_go_on,
+        mem_devices_still_work,
         historic_guest,
         offsets_up_to_the_limit,
         no_read_no_write_no_seek,
@@ -95,7 +95,7 @@ const TESTS: &[Test] = tests! {
         userfaultfd_is_refused,
         fdinfo_and_maps,
         ioctl_file_is_a_file,
-        two_first_mappings_at_once,
+        concurrent_first_mappings,
         ioctl_file_frees_on_unmap,
         ioctl_file_keeps_what_was_never_mapped,
         ioctl_file_outlives_the_device_file,
@@ -108,7 +108,7 @@ const TESTS: &[Test] = tests! {
         reopened_file_keeps_the_rule,
         mapping_opened_through_map_files,
         unprivileged_user,
-        program_of_the_readme,
+        readme_program,
         unit_tests,
         module_parameter_mode,
         second_load_is_refused,
@@ -146,7 +146,7 @@ const TESTS: &[Test] = tests! {
         madvise_remove_frees,
         madvise_dontfork,
         huge_pages_partly_unmapped,
-        huge_pages_find_a_place,
+        large_mappings_are_aligned,
         huge_pages_only_where_covered,
         huge_page_written_and_partly_mapped,
         collapsed_pages,
@@ -157,25 +157,25 @@ const TESTS: &[Test] = tests! {
         larger_than_dev_shm,
         one_open_never_sees_another,
         shared_by_dup_fork_and_scm_rights,
-        many_mappings_of_nothing_end_quickly,
+        many_untouched_mappings_close_quickly,
     }
     race {
         collapse,
-        collapse_of_what_is_unmapped,
-        fault_of_what_goes_from_swap,
+        collapse_during_unmap,
+        fault_during_swap_freeing,
         map_touch_unmap(args, seed: seed, args.race),
     }
     model {
         random_operations(args, seed: seed, args.operations),
     }
-    // Whatever the kernel can do to those who want memory.
+    // Each allocation fails in turn.
     faults {
         open_and_ioctl,
         mmap,
         touch,
         munmap,
         munmap_of_huge_pages,
-        munmap_when_closed,
+        munmap_after_close,
         mremap,
         mprotect,
         fork_process,
@@ -183,23 +183,23 @@ const TESTS: &[Test] = tests! {
         insmod_and_rmmod,
         load_and_unload_a_thousand_times(args, _seed: args.race),
     }
-    // And what it does when there is little.
+    // Memory is short, or it moves.
     pressure {
         only_the_offender_is_killed(_args, seed: seed),
         killed_while_others_unmap(_args, seed: seed),
         unkillable_at_its_limit,
         four_times_the_memory,
         huge_pages_of_each_size,
-        huge_pages_go_from_swap,
+        huge_pages_freed_in_swap,
         khugepaged_and_compaction(_args, seed: seed),
         pages_move_between_nodes(_args, seed: seed),
-        processors_come_and_go(_args, seed: seed),
+        cpu_hotplug(_args, seed: seed),
     }
-    // And when there is much of it.
+    // Large numbers, and resource limits.
     limits {
         many_objects_of_many_processes,
         many_mappings_of_one_process,
-        opens_for_a_while(args, _seed: args.race),
+        sustained_opens(args, _seed: args.race),
         descriptors_of_a_process,
         files_of_the_machine,
         address_space,
@@ -209,7 +209,7 @@ const TESTS: &[Test] = tests! {
         overcommit_of_mappings,
         overcommit_of_pages,
     }
-    // And to those who mean harm.
+    // A malicious user.
     hostile {
         random_calls(args, seed: seed, args.operations),
         ioctl_numbers(_args, seed: seed),
@@ -222,8 +222,8 @@ const TESTS: &[Test] = tests! {
     }
 };
 
-/// Flags of `/proc/sys/kernel/tainted` that loading this module sets: out of tree, unsigned, and
-/// that KUnit ran.
+/// Flags of `/proc/sys/kernel/tainted` that loading the module sets: out of tree, unsigned, and
+/// in-kernel test (KUnit).
 const MODULE_TAINT: u64 = (1 << 12) | (1 << 13) | (1 << 18);
 
 fn taint() -> Result<u64> {
@@ -244,7 +244,7 @@ fn busybox(args: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// The module, and swap on compressed memory. Either may be built into the kernel.
+/// Loads the module, and sets up swap on zram. Either driver may be built into the kernel.
 fn set_up() -> Result<()> {
     if !Path::new("/sys/class/devanon").exists() {
         sys::load(doors::MODULE, "").context(doors::MODULE)?;
@@ -260,24 +260,25 @@ fn set_up() -> Result<()> {
     Ok(())
 }
 
-/// What a test's process ends with when it cannot be run here, as the kernel's own selftests do.
+/// Exit status of a test that cannot run here, as in the kernel's selftests.
 const SKIPPED: u8 = 4;
 
 enum Outcome {
     Passed,
-    /// It cannot be run here; its last line says why.
+    /// The test cannot run here; its last line of output says why.
     Skipped,
     Failed(String),
 }
 
-/// Runs one test in a process of its own, and ends all it started. What it printed comes with it.
+/// Runs one test in its own process, then kills all that it started. Returns the test's output and
+/// outcome.
 fn run(name: &str, seed: u64, limit: Duration) -> (String, Outcome) {
     let spawn = || -> Result<(Child, UnixStream)> {
         let (reader, writer) = UnixStream::pair()?;
         let writer = OwnedFd::from(writer);
         let child = Command::new(env::current_exe()?)
             .args(env::args_os().skip(1))
-            .args(["--one", name, "--draw", &seed.to_string()])
+            .args(["--one", name, "--one-seed", &seed.to_string()])
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(writer.try_clone()?)
@@ -303,11 +304,11 @@ fn run(name: &str, seed: u64, limit: Duration) -> (String, Outcome) {
             _ => thread::sleep(Duration::from_millis(2)),
         }
     };
-    // Processes it left behind: they hold the pipe, and objects, and the module.
-    // SAFETY: The group is of this test, and ours to kill; it may be gone.
+    // Processes the test left behind would hold the socket, objects and the module.
+    // SAFETY: The process group is this test's, so ours to kill; it may be gone already.
     unsafe { libc::kill(-(child.id() as i32), libc::SIGKILL) };
     let _ = child.wait();
-    let said = output.join().unwrap_or_default();
+    let output = output.join().unwrap_or_default();
     let outcome = match status {
         Some(status) if status.success() => Outcome::Passed,
         Some(status) if status.code() == Some(SKIPPED.into()) => Outcome::Skipped,
@@ -317,7 +318,7 @@ fn run(name: &str, seed: u64, limit: Duration) -> (String, Outcome) {
         }),
         None => Outcome::Failed(format!("still running after {} s", limit.as_secs())),
     };
-    (said, outcome)
+    (output, outcome)
 }
 
 fn main() -> ExitCode {
@@ -331,7 +332,7 @@ fn main() -> ExitCode {
             eprintln!("no test {name}");
             return ExitCode::from(2);
         };
-        return match test(&args, args.draw.unwrap_or(0)) {
+        return match test(&args, args.one_seed.unwrap_or(0)) {
             Ok(()) => ExitCode::SUCCESS,
             Err(err) => {
                 println!("{err:#}");
@@ -339,7 +340,7 @@ fn main() -> ExitCode {
             }
         };
     }
-    let means = |word: &str, name: &str| {
+    let matches = |word: &str, name: &str| {
         name == word
             || name
                 .split_once("::")
@@ -349,7 +350,7 @@ fn main() -> ExitCode {
         .tests
         .iter()
         .chain(&args.skip)
-        .find(|word| !TESTS.iter().any(|(name, _)| means(word, name)))
+        .find(|word| !TESTS.iter().any(|(name, _)| matches(word, name)))
     {
         eprintln!("no test {unknown}; --list shows them");
         return ExitCode::from(2);
@@ -363,40 +364,40 @@ fn main() -> ExitCode {
     let chosen: Vec<_> = TESTS
         .iter()
         .filter(|(name, _)| {
-            let named = |words: &[String]| words.iter().any(|word| means(word, name));
+            let named = |words: &[String]| words.iter().any(|word| matches(word, name));
             (args.tests.is_empty() || named(&args.tests)) && !named(&args.skip)
         })
         .collect();
     println!("1..{}", chosen.len());
 
-    // Before anything may crash.
+    // Printed before anything can crash.
     let seed = args.seed.unwrap_or_else(|| fastrand::u64(..));
     println!("# seed {seed}");
-    // Generous: kernels with every detector on are slow.
+    // Generous: kernels with every detector enabled are slow.
     let limit = Duration::from_secs(300 + args.race * 2 + args.operations / 50);
     let mut failed = false;
     for (number, (name, _)) in (1..).zip(&chosen) {
         let before = taint();
         let start = Instant::now();
-        let (said, outcome) = run(name, seed, limit);
+        let (output, outcome) = run(name, seed, limit);
         let seconds = start.elapsed().as_secs_f64();
-        // Some tests change it.
+        // Some tests change this setting.
         let _ = fs::write("/sys/kernel/mm/transparent_hugepage/shmem_enabled", "never");
         let outcome = match (outcome, before, taint()) {
             (outcome, Ok(before), Ok(after)) if before == after => outcome,
             (_, before, after) => {
-                Outcome::Failed(format!("the kernel was tainted: {before:x?}, {after:x?}"))
+                Outcome::Failed(format!("kernel taint changed: {before:x?} -> {after:x?}"))
             }
         };
 
-        let said: Vec<_> = said.trim_end().lines().collect();
-        for line in &said {
+        let output: Vec<_> = output.trim_end().lines().collect();
+        for line in &output {
             println!("# {}", line.trim_start_matches("# "));
         }
         match outcome {
             Outcome::Passed => println!("ok {number} {name} # {seconds:.1} s"),
             Outcome::Skipped => {
-                println!("ok {number} {name} # SKIP {}", said.last().unwrap_or(&""))
+                println!("ok {number} {name} # SKIP {}", output.last().unwrap_or(&""))
             }
             Outcome::Failed(why) => {
                 failed = true;

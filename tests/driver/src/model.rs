@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Random operations of several processes on several objects, held against a model of the rule.
+//! Random operations by several processes on several objects, checked against a model of the rule.
 //!
-//! This process draws the operations and keeps the model. The others carry them out, each in an
-//! arena of address space of its own. After every operation the driver's own count of pages must
-//! be the model's, for an object that is drawn as well, and every read must find what it says.
+//! This process draws the operations and keeps the model. The others execute them, each in its own
+//! arena of address space. After every operation, the driver's page counts of a randomly drawn
+//! object must match the model, and every read must find the value that the model predicts.
 
 use crate::sys::*;
 use anyhow::{Context, Result, bail, ensure};
@@ -22,7 +22,7 @@ const ARENA: usize = 48;
 const OBJECTS: usize = 4;
 const OBJECT_PAGES: usize = 24;
 
-/// What a process is asked to do: a command and its arguments, then the object to count afterwards.
+/// A request to a process: a command and its arguments, then the object to count afterwards.
 type Request = [u64; 7];
 
 const MAP: u64 = 0;
@@ -38,14 +38,14 @@ const PUNCH: u64 = 9;
 const FORK: u64 = 10;
 const EXIT: u64 = 11;
 
-/// What it answers: an errno, a value, and of the object how many pages there are and were freed.
+/// The process's reply: an errno, a value, and the object's numbers of present and freed pages.
 type Reply = [u64; 4];
 
-/// Requests that are sent together. Each is done and counted before the next.
+/// Number of requests that are sent together. Each is executed and counted before the next.
 const BATCH: usize = 16;
 
-/// Both ends of a slot's line; every process has all of them, and uses one.
-struct Line {
+/// Both ends of a slot's connection. Every process has all of them, and uses one.
+struct Channel {
     ours: UnixStream,
     theirs: UnixStream,
 }
@@ -65,7 +65,7 @@ fn receive<const N: usize>(mut from: &UnixStream) -> std::io::Result<[u64; N]> {
     Ok(bytes.map(u64::from_ne_bytes))
 }
 
-/// The objects, and their `fdinfo` in the process that keeps the model.
+/// The objects, and their `fdinfo` files in the process that keeps the model.
 struct Objects {
     fds: Vec<OwnedFd>,
     infos: Vec<File>,
@@ -95,7 +95,7 @@ impl Objects {
         Ok(Self { fds, infos })
     }
 
-    /// Pages there are of an object, and pages freed.
+    /// Numbers of present and freed pages of an object.
     fn counts(&self, object: usize) -> Result<[u64; 2]> {
         let mut text = [0; 512];
         let len = self.infos[object].read_at(&mut text, 0)?;
@@ -104,15 +104,15 @@ impl Objects {
     }
 }
 
-/// Carries out requests until told to exit.
-fn serve(mut slot: usize, lines: &[Line], objects: &Objects, arena: Map) -> ! {
+/// Executes requests until told to exit.
+fn serve(mut slot: usize, channels: &[Channel], objects: &Objects, arena: Map) -> ! {
     let mut work = || -> Result<()> {
         loop {
-            let request: Request = receive(&lines[slot].theirs)?;
-            let answer = match request[0] {
+            let request: Request = receive(&channels[slot].theirs)?;
+            let result = match request[0] {
                 EXIT => return Ok(()),
                 FORK => {
-                    // SAFETY: The child goes on in this loop, with a slot of its own.
+                    // SAFETY: The child continues this loop, with its own slot.
                     let pid = unsafe { libc::fork() };
                     if pid == 0 {
                         slot = request[1] as usize;
@@ -120,15 +120,15 @@ fn serve(mut slot: usize, lines: &[Line], objects: &Objects, arena: Map) -> ! {
                     }
                     cvt(pid).map(|pid| pid as u64)
                 }
-                _ => carry_out(&request, objects, arena),
+                _ => execute(&request, objects, arena),
             };
             let mut reply: Reply = [0; 4];
-            match answer {
+            match result {
                 Ok(value) => reply[1] = value,
                 Err(err) => reply[0] = err.raw_os_error().unwrap_or(1) as u64,
             }
             reply[2..].copy_from_slice(&objects.counts(request[6] as usize)?);
-            send(&lines[slot].theirs, &[reply])?;
+            send(&channels[slot].theirs, &[reply])?;
         }
     };
     let status = i32::from(work().is_err());
@@ -136,7 +136,7 @@ fn serve(mut slot: usize, lines: &[Line], objects: &Objects, arena: Map) -> ! {
     unsafe { libc::_exit(status) }
 }
 
-fn carry_out(request: &Request, objects: &Objects, arena: Map) -> std::io::Result<u64> {
+fn execute(request: &Request, objects: &Objects, arena: Map) -> std::io::Result<u64> {
     let [command, at, len, a, b, c, _] = *request;
     let range = || arena.part(at as usize, len as usize);
     match command {
@@ -157,7 +157,7 @@ fn carry_out(request: &Request, objects: &Objects, arena: Map) -> std::io::Resul
             )?;
         }
         UNMAP => {
-            // SAFETY: Of this process's own arena.
+            // SAFETY: A part of this process's own arena.
             cvt(unsafe { libc::munmap(range().addr.cast(), range().pages * PAGE) })?;
         }
         COVER => {
@@ -177,7 +177,7 @@ fn carry_out(request: &Request, objects: &Objects, arena: Map) -> std::io::Resul
         PWRITE => {
             let value = c.to_ne_bytes();
             let offset = b as i64 * PAGE as i64;
-            // SAFETY: Eight bytes of ours.
+            // SAFETY: Eight bytes of this process.
             return Ok(cvt(unsafe {
                 libc::pwrite(
                     objects.fds[a as usize].as_raw_fd(),
@@ -206,7 +206,7 @@ struct Cell {
     private: bool,
     /// A private mapping's own copy, once written.
     copy: Option<u64>,
-    /// Cells side by side with the same number are of one VMA.
+    /// Adjacent cells with the same number belong to one VMA.
     vma: u64,
 }
 
@@ -217,12 +217,12 @@ struct Process {
     arena: Arena,
 }
 
-/// A page that exists. One that does not reads as zero.
+/// A page that exists. One that does not exist reads as zero.
 #[derive(Clone, Copy, Default)]
 struct Page {
     value: u64,
-    /// Never written, so still all zero, and the subject of MADV_PAGEOUT: instead of swapping it
-    /// out, the kernel may have dropped it.
+    /// Never written, so still all zero, and subject to MADV_PAGEOUT: the kernel may have dropped the
+    /// page instead of swapping it out.
     maybe_dropped: bool,
     written: bool,
 }
@@ -240,16 +240,16 @@ impl Page {
 #[derive(Clone, Default)]
 struct Object {
     pages: [Option<Page>; OBJECT_PAGES],
-    /// Pages freed by unmapping since it was last counted, for certain.
+    /// Pages certainly freed by unmapping since the object was last counted.
     freed: u64,
-    /// As above, but of those that may have been dropped before.
+    /// Pages freed by unmapping that may have been dropped before.
     maybe_freed: u64,
 }
 
-/// What the driver is to say of an object after an operation.
+/// The counts that the driver has to report for an object after an operation.
 struct Counts {
     pages: RangeInclusive<u64>,
-    /// More than when it was last counted.
+    /// The increase since the object was last counted.
     freed: RangeInclusive<u64>,
 }
 
@@ -271,7 +271,7 @@ impl Object {
     }
 }
 
-/// A request that was drawn, and what the model says of it.
+/// A drawn request, and the result that the model expects.
 struct Expectation {
     operation: u64,
     what: String,
@@ -283,25 +283,25 @@ struct Expectation {
 struct Model<'a> {
     rng: fastrand::Rng,
     driver: &'a Objects,
-    lines: &'a [Line],
+    channels: &'a [Channel],
     processes: [Option<Process>; SLOTS],
     objects: Vec<Object>,
-    next: u64,
+    last_unique: u64,
     operation: u64,
-    /// Drawn, but not sent yet: all of one slot.
+    /// Drawn, but not sent yet. All of them are for one slot.
     pending: (usize, Vec<Expectation>),
-    /// Pages the driver said were freed, of each object.
+    /// The last count of freed pages that the driver reported, for each object.
     freed: [u64; OBJECTS],
     history: VecDeque<String>,
 }
 
 impl Model<'_> {
     fn unique(&mut self) -> u64 {
-        self.next += 1;
-        self.next
+        self.last_unique += 1;
+        self.last_unique
     }
 
-    /// Takes note of a request. To be called when the model is as it will be afterwards.
+    /// Queues a request. Call this after updating the model for it.
     fn expect(&mut self, slot: usize, request: [u64; 6], value: u64, what: String) -> Result<()> {
         let object = self.rng.usize(..OBJECTS);
         let counts = self.objects[object].take_counts();
@@ -320,18 +320,18 @@ impl Model<'_> {
         Ok(())
     }
 
-    /// Has the pending requests carried out, and compares.
+    /// Sends the pending requests, and compares the replies.
     fn flush(&mut self) -> Result<()> {
         let (slot, expectations) = (self.pending.0, std::mem::take(&mut self.pending.1));
         let requests: Vec<_> = expectations
             .iter()
             .map(|expected| expected.request)
             .collect();
-        send(&self.lines[slot].ours, &requests)?;
+        send(&self.channels[slot].ours, &requests)?;
         for expected in expectations {
             self.note(expected.what);
-            let reply: Reply = receive(&self.lines[slot].ours)
-                .with_context(|| format!("no answer from process {slot}"))?;
+            let reply: Reply = receive(&self.channels[slot].ours)
+                .with_context(|| format!("no reply from process {slot}"))?;
             let operation = expected.operation;
             ensure!(reply[0] == 0, "operation {operation}: errno {}", reply[0]);
             if expected.request[0] == FORK {
@@ -342,7 +342,7 @@ impl Model<'_> {
             } else {
                 ensure!(
                     reply[1] == expected.value,
-                    "operation {operation}: {}, not {}",
+                    "operation {operation}: {}, expected {}",
                     reply[1],
                     expected.value
                 );
@@ -361,18 +361,18 @@ impl Model<'_> {
         self.history.push_back(what);
     }
 
-    /// Holds what the driver says of an object against the model.
+    /// Compares the driver's counts of an object with the model's.
     fn compare(&mut self, object: usize, found: [u64; 2], expected: &Counts) -> Result<()> {
         let [pages, freed] = found;
         ensure!(
             expected.pages.contains(&pages),
-            "object {object} has {pages} pages, not {:?}",
+            "object {object} has {pages} pages, expected {:?}",
             expected.pages
         );
         let more = freed - self.freed[object];
         ensure!(
             expected.freed.contains(&more),
-            "object {object}: {more} pages freed, not {:?}",
+            "object {object}: {more} pages freed, expected {:?}",
             expected.freed
         );
         self.freed[object] = freed;
@@ -391,8 +391,8 @@ impl Model<'_> {
             .any(|cell| (cell.object, cell.page) == (object, page))
     }
 
-    /// The rule, for cells that were just taken out of an arena.
-    fn closed(&mut self, cells: Vec<Cell>) {
+    /// Applies the rule to cells that were just removed from an arena.
+    fn close(&mut self, cells: Vec<Cell>) {
         for cell in cells {
             if !self.is_covered(cell.object, cell.page) {
                 let object = &mut self.objects[cell.object];
@@ -414,12 +414,13 @@ impl Model<'_> {
             .collect()
     }
 
-    fn empty(&mut self, slot: usize, at: usize, len: usize) {
+    fn unmap(&mut self, slot: usize, at: usize, len: usize) {
         let cells = self.take(slot, at, len);
-        self.closed(cells);
+        self.close(cells);
     }
 
-    /// What a touch of a cell finds. It brings in the object's page, unless there is a copy.
+    /// The value that a touch of a cell finds. The touch brings in the object's page, unless the cell
+    /// has a copy.
     fn touch(&mut self, cell: Cell) -> u64 {
         cell.copy.unwrap_or_else(|| {
             let page = self.objects[cell.object].pages[cell.page].get_or_insert_default();
@@ -433,7 +434,7 @@ impl Model<'_> {
         (at, self.rng.usize(1..=12.min(ARENA - at)))
     }
 
-    /// A mapped cell of the process, if there is one.
+    /// A mapped cell of the process, if any.
     fn draw_cell(&mut self, slot: usize) -> Option<(usize, Cell)> {
         let mapped: Vec<_> = self
             .arena(slot)
@@ -444,7 +445,7 @@ impl Model<'_> {
         self.rng.choice(mapped)
     }
 
-    /// A run of cells of one VMA, if there is one.
+    /// A run of cells of one VMA, if any.
     fn draw_run(&mut self, slot: usize) -> Option<(usize, usize, Cell)> {
         let (at, cell) = self.draw_cell(slot)?;
         let most = self.rng.usize(1..=8);
@@ -456,13 +457,12 @@ impl Model<'_> {
         Some((at, run, cell))
     }
 
-    /// Draws an operation and has it carried out, at once or soon. False if there is nothing to do it
-    /// on.
+    /// Draws an operation and queues it. Returns false if there is nothing to apply it to.
     fn step(&mut self) -> Result<bool> {
         let live: Vec<_> = (0..SLOTS)
             .filter(|slot| self.processes[*slot].is_some())
             .collect();
-        // Mostly the same process for a while.
+        // Mostly stays with the same process for a while.
         let slot = match self.pending.0 {
             slot if live.contains(&slot) && self.rng.u8(..8) != 0 => slot,
             _ => self
@@ -478,7 +478,7 @@ impl Model<'_> {
                 let page = self.rng.usize(..OBJECT_PAGES);
                 len = len.min(OBJECT_PAGES - page);
                 let private = self.rng.u8(..4) == 0;
-                self.empty(slot, at, len);
+                self.unmap(slot, at, len);
                 let vma = self.unique();
                 for (index, cell) in self.arena(slot)[at..at + len].iter_mut().enumerate() {
                     *cell = Some(Cell {
@@ -500,7 +500,7 @@ impl Model<'_> {
                 } else {
                     (COVER, "cover")
                 };
-                self.empty(slot, at, len);
+                self.unmap(slot, at, len);
                 let request = [command, at as u64, len as u64, 0, 0, 0];
                 self.expect(slot, request, 0, format!("{how} {at}+{len}"))?;
             }
@@ -549,19 +549,19 @@ impl Model<'_> {
                 )?;
             }
             88..92 => {
-                // By write(2) and fallocate(2): only files of the ioctl take them.
+                // By write(2) and fallocate(2), which only files of the ioctl support.
                 let object = OBJECTS / 2 + self.rng.usize(..OBJECTS / 2);
                 let page = self.rng.usize(..OBJECT_PAGES);
-                let of = [object as u64, page as u64];
+                let target = [object as u64, page as u64];
                 if self.rng.bool() {
                     let value = self.unique();
                     self.objects[object].pages[page] = Page::written(value);
                     let what = format!("pwrite object {object} page {page} = {value}");
-                    self.expect(slot, [PWRITE, 0, 0, of[0], of[1], value], 8, what)?;
+                    self.expect(slot, [PWRITE, 0, 0, target[0], target[1], value], 8, what)?;
                 } else {
                     self.objects[object].pages[page] = None;
                     let what = format!("punch object {object} page {page}");
-                    self.expect(slot, [PUNCH, 0, 0, of[0], of[1], 0], 0, what)?;
+                    self.expect(slot, [PUNCH, 0, 0, target[0], target[1], 0], 0, what)?;
                 }
             }
             92..94 => {
@@ -572,15 +572,15 @@ impl Model<'_> {
                 self.processes[free] = Some(Process { pid: 0, arena });
                 let request = [FORK, free as u64, 0, 0, 0, 0];
                 self.expect(slot, request, 0, format!("fork to {free}"))?;
-                // The reply says who it is.
+                // The reply contains the child's pid.
                 self.flush()?;
             }
             _ => {
                 if live.len() == 1 {
                     return Ok(false);
                 }
-                let gently = self.rng.bool();
-                self.end(slot, gently)?;
+                let by_exit = self.rng.bool();
+                self.end(slot, by_exit)?;
             }
         }
         Ok(true)
@@ -597,10 +597,10 @@ impl Model<'_> {
             return Ok(false);
         }
 
-        // In the kernel's order: first what is in the way goes, then what is cut off.
-        self.empty(slot, to, new_len);
+        // In the kernel's order: first the destination is unmapped, then the cut-off tail.
+        self.unmap(slot, to, new_len);
         let kept = len.min(new_len);
-        self.empty(slot, from + kept, len - kept);
+        self.unmap(slot, from + kept, len - kept);
         let vma = self.unique();
         for index in 0..new_len {
             let old = if index < kept {
@@ -665,23 +665,23 @@ impl Model<'_> {
         self.expect(slot, request, value, format!("read {at}: {cell:?}"))
     }
 
-    /// Ends a process, waits until its memory is gone, and compares.
-    fn end(&mut self, slot: usize, gently: bool) -> Result<()> {
+    /// Ends a process by exit or SIGKILL, waits until its memory is gone, and compares.
+    fn end(&mut self, slot: usize, by_exit: bool) -> Result<()> {
         self.flush()?;
         let Some(process) = self.processes[slot].take() else {
             return Ok(());
         };
-        self.note(format!("process {slot} ends, gently {gently}"));
+        self.note(format!("process {slot} ends, by exit {by_exit}"));
         // SAFETY: The descriptor is new.
         let pidfd = unsafe {
             OwnedFd::from_raw_fd(cvt(
                 libc::syscall(libc::SYS_pidfd_open, process.pid, 0) as i32
             )?)
         };
-        if gently {
-            send(&self.lines[slot].ours, &[[EXIT, 0, 0, 0, 0, 0, 0]])?;
+        if by_exit {
+            send(&self.channels[slot].ours, &[[EXIT, 0, 0, 0, 0, 0, 0]])?;
         } else {
-            // SAFETY: A process of ours.
+            // SAFETY: A process of this test.
             cvt(unsafe { libc::kill(process.pid, libc::SIGKILL) })?;
         }
         let mut poll = libc::pollfd {
@@ -689,12 +689,12 @@ impl Model<'_> {
             events: libc::POLLIN,
             revents: 0,
         };
-        // SAFETY: One structure of ours.
+        // SAFETY: One structure of this process.
         ensure!(
             unsafe { libc::poll(&mut poll, 1, 30_000) } == 1,
-            "process {slot} does not end"
+            "process {slot} does not exit"
         );
-        self.closed(process.arena.into_iter().flatten().collect());
+        self.close(process.arena.into_iter().flatten().collect());
 
         for object in 0..OBJECTS {
             let expected = self.objects[object].take_counts();
@@ -731,7 +731,7 @@ impl Model<'_> {
         self.check_contents()?;
         (0..SLOTS).try_for_each(|slot| self.end(slot, true))?;
         for (number, object) in self.objects.iter().enumerate() {
-            // Only what was written and never mapped is left.
+            // Only data that was written and never mapped is left.
             ensure!(
                 number >= OBJECTS / 2 || object.pages.iter().all(Option::is_none),
                 "the model is wrong"
@@ -741,34 +741,34 @@ impl Model<'_> {
     }
 }
 
-/// Has `operations` operations carried out, drawn by `seed`.
+/// Runs `operations` operations, drawn with `seed`.
 pub fn random_operations(seed: u64, operations: u64) -> Result<()> {
-    // Who is killed need not be waited for, whosever child he is.
+    // Killed processes need not be reaped, no matter whose children they are.
     // SAFETY: No handler involved.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
     let objects = Objects::make()?;
-    let lines = (0..SLOTS)
+    let channels = (0..SLOTS)
         .map(|_| {
             let (ours, theirs) = UnixStream::pair()?;
-            // Every process holds both ends, so one that died is not noticed otherwise.
+            // Every process holds both ends, so only a timeout shows that one has died.
             ours.set_read_timeout(Some(Duration::from_secs(30)))?;
-            Ok(Line { ours, theirs })
+            Ok(Channel { ours, theirs })
         })
         .collect::<std::io::Result<Vec<_>>>()?;
     let arena = Map::reserve(ARENA)?;
     // SAFETY: Single-threaded so far.
     let pid = cvt(unsafe { libc::fork() })?;
     if pid == 0 {
-        serve(0, &lines, &objects, arena);
+        serve(0, &channels, &objects, arena);
     }
 
     let mut model = Model {
         rng: fastrand::Rng::with_seed(seed),
         driver: &objects,
-        lines: &lines,
+        channels: &channels,
         processes: [const { None }; SLOTS],
         objects: vec![Object::default(); OBJECTS],
-        next: 0,
+        last_unique: 0,
         operation: 0,
         pending: (0, Vec::new()),
         freed: [0; OBJECTS],
@@ -780,7 +780,7 @@ pub fn random_operations(seed: u64, operations: u64) -> Result<()> {
     });
     let result = model.run(operations);
     for process in model.processes.iter().flatten() {
-        // SAFETY: A process of ours.
+        // SAFETY: A process of this test.
         unsafe { libc::kill(process.pid, libc::SIGKILL) };
     }
     if let Err(err) = result {

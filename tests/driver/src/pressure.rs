@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Memory that is short: cgroups, swap, huge pages, NUMA, processors that come and go.
+//! Memory pressure: cgroups, swap, huge pages, NUMA, CPU hotplug.
 //!
-//! Processes that act as guests go on meanwhile. What they wrote has to stay as long as they have it
-//! mapped, and when they are gone, so must be every page.
+//! Meanwhile, worker processes that act as guests keep running. Their data has to stay for as long as
+//! they have it mapped, and every page has to be freed once they are gone.
 
 use crate::rules::page_out;
 use crate::sys::*;
@@ -17,45 +17,45 @@ use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 use std::{fs, ptr, thread};
 
-/// The longest anything may take: nothing here does, but on a kernel that hangs.
+/// Upper limit for any wait. Only a kernel that hangs reaches it.
 const WAIT: Duration = Duration::from_secs(300);
-/// How long guests are let go on, where one cannot count what is done to them.
+/// How long guests keep running where the events they undergo cannot be counted.
 const TIME: Duration = Duration::from_secs(3);
 
 const HUGE: usize = 512;
 const THP: &str = "/sys/kernel/mm/transparent_hugepage";
 
-/// Waits until `done`.
-fn until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+/// Waits until `done` returns true.
+fn wait_until(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     let start = Instant::now();
     while !done()? {
-        ensure!(start.elapsed() < WAIT, "{what}: not in {WAIT:?}");
+        ensure!(start.elapsed() < WAIT, "{what}: not within {WAIT:?}");
         thread::sleep(Duration::from_millis(5));
     }
     Ok(())
 }
 
-/// The status of a child, if it has ended. It has not while a thread of it is left.
-fn ended(pid: c_int) -> Result<Option<c_int>> {
+/// The exit status of a child, or `None` while any thread of it is left.
+fn try_wait(pid: c_int) -> Result<Option<c_int>> {
     let mut status = 0;
-    // SAFETY: The status is ours to write.
+    // SAFETY: The kernel writes the status.
     let found =
         cvt(unsafe { libc::waitpid(pid, &mut status, libc::WNOHANG) }).context("waitpid")?;
     Ok((found == pid).then_some(status))
 }
 
-/// Waits for the end of a child. Of one that hangs, it is said where.
-fn end_of(pid: c_int) -> Result<c_int> {
+/// Waits for a child to exit. If it hangs, the error contains its stacks.
+fn wait_for_exit(pid: c_int) -> Result<c_int> {
     let mut status = None;
-    until("the end of a process", || {
-        status = ended(pid)?;
+    wait_until("exit of a process", || {
+        status = try_wait(pid)?;
         Ok(status.is_some())
     })
     .with_context(|| stacks(pid))?;
     status.context("no status")
 }
 
-/// Where the threads of a process are.
+/// The states and kernel stacks of a process's threads.
 fn stacks(pid: c_int) -> String {
     let mut all = format!("process {pid}:\n");
     for task in fs::read_dir(format!("/proc/{pid}/task"))
@@ -74,7 +74,7 @@ fn killed(status: c_int) -> bool {
     libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGKILL
 }
 
-/// A line of `/proc/vmstat`.
+/// A value of `/proc/vmstat`.
 fn vmstat(name: &str) -> Result<u64> {
     let text = fs::read_to_string("/proc/vmstat")?;
     let line = text
@@ -85,39 +85,39 @@ fn vmstat(name: &str) -> Result<u64> {
         .parse()?)
 }
 
-/// Processes that do the same again and again until told to stop. Killed when dropped.
-struct Crowd {
-    /// Seen by all: how many rounds each of them did, and after that a word that says stop.
+/// Processes that repeat a round until told to stop. Killed on drop.
+struct Workers {
+    /// Shared with all: a round counter for each worker, then the word that tells them to stop.
     board: Map,
     pids: Vec<c_int>,
 }
 
-impl Crowd {
+impl Workers {
     fn start(
-        workers: usize,
+        number: usize,
         seed: u64,
         round: impl Fn(usize, &mut Rng) -> Result<()>,
     ) -> Result<Self> {
-        let mut crowd = Self {
+        let mut workers = Self {
             board: Map::shared(&memfd(1)?, 1, 0)?,
             pids: Vec::new(),
         };
-        for worker in 0..workers {
+        for worker in 0..number {
             let child = fork(|_| {
                 let mut rng = Rng::with_seed(seed.wrapping_add(worker as u64));
-                while crowd.word(workers).load(SeqCst) == 0 {
+                while workers.word(number).load(SeqCst) == 0 {
                     round(worker, &mut rng)?;
-                    crowd.word(worker).fetch_add(1, SeqCst);
+                    workers.word(worker).fetch_add(1, SeqCst);
                 }
                 Ok(())
             })?;
-            crowd.pids.push(child.pid);
+            workers.pids.push(child.pid);
         }
-        Ok(crowd)
+        Ok(workers)
     }
 
     fn word(&self, word: usize) -> &AtomicU64 {
-        // SAFETY: Inside the mapping, which is never unmapped, aligned, and only used like this.
+        // SAFETY: Aligned, inside a mapping that is never unmapped, and only accessed atomically.
         unsafe { AtomicU64::from_ptr(self.board.word(0, word)) }
     }
 
@@ -126,21 +126,21 @@ impl Crowd {
         rounds.collect()
     }
 
-    /// Fails if one of them has ended.
-    fn alive(&self) -> Result<()> {
+    /// Fails if a worker has exited.
+    fn expect_alive(&self) -> Result<()> {
         for pid in &self.pids {
-            if let Some(status) = ended(*pid)? {
-                bail!("a process ended early: status {status:#x}");
+            if let Some(status) = try_wait(*pid)? {
+                bail!("a worker exited early: status {status:#x}");
             }
         }
         Ok(())
     }
 
-    /// Waits until each of them has done two more rounds: one of them began after this did.
-    fn goes_on(&self) -> Result<()> {
+    /// Waits until each worker has completed two more rounds. The second of them began after this call.
+    fn expect_progress(&self) -> Result<()> {
         let before = self.rounds();
-        until("two rounds more of each", || {
-            self.alive()?;
+        wait_until("two more rounds of each worker", || {
+            self.expect_alive()?;
             let rounds = self.rounds();
             Ok(rounds
                 .iter()
@@ -150,39 +150,39 @@ impl Crowd {
         .with_context(|| self.pids.iter().map(|pid| stacks(*pid)).collect::<String>())
     }
 
-    /// Tells them to stop, and waits until all are gone.
+    /// Tells the workers to stop, and waits until all have exited.
     fn finish(mut self) -> Result<()> {
         let rounds = self.rounds();
         self.word(self.pids.len()).store(1, SeqCst);
         println!("rounds: {rounds:?}");
         while let Some(pid) = self.pids.pop() {
-            let status = end_of(pid)?;
-            ensure!(status == 0, "a process ended with status {status:#x}");
+            let status = wait_for_exit(pid)?;
+            ensure!(status == 0, "a worker exited with status {status:#x}");
         }
         count("operations", rounds.iter().sum());
         Ok(())
     }
 }
 
-impl Drop for Crowd {
+impl Drop for Workers {
     fn drop(&mut self) {
         for pid in &self.pids {
             // SAFETY: Our own child, not waited for yet.
             unsafe { libc::kill(*pid, libc::SIGKILL) };
-            let _ = end_of(*pid);
+            let _ = wait_for_exit(*pid);
         }
     }
 }
 
-/// Address space for `pages` pages, with huge pages' alignment, in a reservation.
+/// A reservation, and in it address space for `pages` pages that is aligned for huge pages.
 fn aligned(pages: usize) -> Result<(Map, Map)> {
     let place = Map::reserve(pages + HUGE)?;
     let skip = place.addr.align_offset(HUGE * PAGE) / PAGE;
     Ok((place, place.part(skip, pages)))
 }
 
-/// A round in the life of a guest. Nobody else uses its pages.
-fn live(
+/// One round of a guest, whose pages nobody else uses.
+fn guest_round(
     fd: &OwnedFd,
     first: usize,
     pages: usize,
@@ -195,7 +195,7 @@ fn live(
     map.fill(tag);
     meanwhile(map)?;
 
-    // Gives up some at an odd place, and wants them back.
+    // Unmaps some pages at an arbitrary place, and maps them again.
     let at = rng.usize(..pages);
     let len = rng.usize(1..=pages - at);
     let hole = map.part(at, len);
@@ -209,26 +209,26 @@ fn live(
     place.unmap()
 }
 
-/// Fails unless all pages of `fd` are back. Compaction and khugepaged may have some for a moment.
-fn all_back(fd: &OwnedFd) -> Result<()> {
-    let gone = || Ok(info(fd)?.resident + info(fd)?.swapped == 0);
-    until("pages back", gone).with_context(|| format!("{:?}", info(fd)))
+/// Fails unless all pages of `fd` are freed. Compaction and khugepaged may hold some for a moment.
+fn expect_all_freed(fd: &OwnedFd) -> Result<()> {
+    let freed = || Ok(info(fd)?.resident + info(fd)?.swapped == 0);
+    wait_until("all pages freed", freed).with_context(|| format!("{:?}", info(fd)))
 }
 
-/// Fails unless Shmem is `before` again, or less.
-fn shmem_is_back(before: usize) -> Result<()> {
-    let gone = || Ok(meminfo("Shmem")? < before + 64);
-    until("Shmem back", gone).with_context(|| format!("Shmem was {before} pages"))
+/// Fails unless Shmem drops back to about `before` pages.
+fn expect_shmem_back(before: usize) -> Result<()> {
+    let back = || Ok(meminfo("Shmem")? < before + 64);
+    wait_until("Shmem back", back).with_context(|| format!("Shmem was {before} pages"))
 }
 
 fn both_doors(pages: usize) -> Result<[OwnedFd; 2]> {
     Ok([device()?, ioctl_file(pages)?])
 }
 
-/// Pages that a cgroup may have.
+/// Memory limit of a cgroup, in pages.
 const LIMIT: usize = 1024;
 
-/// A cgroup limited to [`LIMIT`] pages, and `swap` in swap.
+/// A cgroup limited to [`LIMIT`] pages of memory and `swap` pages of swap.
 fn limited(name: &str, swap: usize) -> Result<Cgroup> {
     let group = Cgroup::new(name)?;
     group.set("memory.max", LIMIT * PAGE)?;
@@ -236,16 +236,16 @@ fn limited(name: &str, swap: usize) -> Result<Cgroup> {
     Ok(group)
 }
 
-/// Fails unless all that was charged to the group is given back, but what the kernel keeps.
-fn uncharged(group: &Cgroup) -> Result<()> {
+/// Fails unless everything charged to the group is uncharged, apart from what the kernel keeps.
+fn expect_uncharged(group: &Cgroup) -> Result<()> {
     let gone = || {
         Ok(group.charged("memory.current")? < LIMIT / 4
             && group.charged("memory.swap.current")? == 0)
     };
-    until("the group's charge gone", gone)
+    wait_until("the cgroup's charge gone", gone)
 }
 
-/// Of guests with a cgroup each, one wants more than it may have. It alone is killed.
+/// Each guest has its own cgroup. One exceeds its limit, and is the only one killed.
 pub fn only_the_offender_is_killed(seed: u64) -> Result<()> {
     const OTHERS: usize = 3;
     for swap in [0, LIMIT / 4] {
@@ -255,13 +255,13 @@ pub fn only_the_offender_is_killed(seed: u64) -> Result<()> {
             .map(|guest| limited(&format!("guest{guest}"), swap))
             .collect::<Result<Vec<_>>>()?;
         let fds = both_doors(4 * LIMIT)?;
-        let others = Crowd::start(OTHERS, seed, |guest, rng| {
+        let others = Workers::start(OTHERS, seed, |guest, rng| {
             groups[guest].join()?;
-            live(&device()?, 0, LIMIT / 4, rng, |_| Ok(()))
+            guest_round(&device()?, 0, LIMIT / 4, rng, |_| Ok(()))
         })?;
-        others.goes_on()?;
+        others.expect_progress()?;
 
-        // The descriptors stay with us, so that its pages go by the end of its mappings alone.
+        // This process keeps the descriptors, so only the end of the mappings can free the pages.
         let offender = fork(|_| {
             group.join()?;
             for fd in &fds {
@@ -271,26 +271,29 @@ pub fn only_the_offender_is_killed(seed: u64) -> Result<()> {
             Map::shared(&fds[0], 4 * LIMIT, 0)?.fill(1);
             Ok(())
         })?;
-        let status = end_of(offender.pid)?;
+        let status = wait_for_exit(offender.pid)?;
         ensure!(killed(status), "the offender: status {status:#x}");
-        ensure!(group.events("oom_kill")? == 1, "not killed by its cgroup");
-        fds.iter().try_for_each(all_back)?;
-        uncharged(&group)?;
+        ensure!(
+            group.events("oom_kill")? == 1,
+            "not killed by its cgroup's OOM"
+        );
+        fds.iter().try_for_each(expect_all_freed)?;
+        expect_uncharged(&group)?;
 
-        others.goes_on()?;
+        others.expect_progress()?;
         others.finish()?;
         for other in &groups {
             ensure!(other.events("oom_kill")? == 0, "another was killed");
-            uncharged(other)?;
+            expect_uncharged(other)?;
         }
-        shmem_is_back(shmem)?;
+        expect_shmem_back(shmem)?;
     }
     Ok(())
 }
 
-/// Processes of a cgroup, two threads each, are at its limit in faults of one object, while others
-/// unmap pages of it, are killed for want of memory, and end. Closing a mapping waits for faults,
-/// and those for memory that a mapping's end will free: all of that has to come to an end.
+/// Processes of a cgroup, two threads each, fault in pages of one object at the cgroup's limit, while
+/// others unmap pages of it, are OOM-killed, and exit. Closing a mapping waits for faults, and faults
+/// wait for memory that closing a mapping frees: none of that may deadlock.
 pub fn killed_while_others_unmap(seed: u64) -> Result<()> {
     const WORKERS: usize = 3;
     const REGION: usize = LIMIT * 3 / 4;
@@ -307,7 +310,7 @@ pub fn killed_while_others_unmap(seed: u64) -> Result<()> {
                         loop {
                             let map = Map::shared(fd, 4, rng.usize(..WORKERS * REGION - 4));
                             let map = map.expect("mmap");
-                            // SAFETY: Inside the mapping, and nobody's word.
+                            // SAFETY: Inside the mapping, and nobody else's word.
                             (0..4).for_each(|page| unsafe {
                                 map.word(page, 1 + worker).write_volatile(1);
                             });
@@ -327,46 +330,46 @@ pub fn killed_while_others_unmap(seed: u64) -> Result<()> {
             })
         };
 
-        // Not of the group: pages of its own, and now and then a mapping of all that keeps the
-        // group at its limit, whoever is killed.
-        let outsider = Crowd::start(1, seed, |_, rng| {
+        // Not in the cgroup. It uses pages of its own, and now and then maps all pages, which keeps
+        // the cgroup at its limit no matter which worker is killed.
+        let outsider = Workers::start(1, seed, |_, rng| {
             let all = Map::shared(fd, WORKERS * REGION, 0)?;
             for _ in 0..rng.u8(1..4) {
-                live(fd, WORKERS * REGION, 64, rng, |_| Ok(()))?;
+                guest_round(fd, WORKERS * REGION, 64, rng, |_| Ok(()))?;
                 all.read(rng.usize(..WORKERS * REGION));
             }
             all.unmap()?;
-            live(fd, WORKERS * REGION, 64, rng, |_| Ok(()))
+            guest_round(fd, WORKERS * REGION, 64, rng, |_| Ok(()))
         })?;
-        outsider.goes_on()?;
+        outsider.expect_progress()?;
         let mut workers = (0..WORKERS).map(worker).collect::<Result<Vec<_>>>()?;
         let mut kills = 0;
-        until("enough of them killed", || {
+        wait_until("enough workers killed", || {
             for (number, peer) in workers.iter_mut().enumerate() {
-                if let Some(status) = ended(peer.pid)? {
-                    ensure!(killed(status), "a worker ended: status {status:#x}");
+                if let Some(status) = try_wait(peer.pid)? {
+                    ensure!(killed(status), "a worker exited: status {status:#x}");
                     kills += 1;
                     *peer = worker(number)?;
                 }
             }
             Ok(kills >= KILLS)
         })?;
-        outsider.goes_on()?;
+        outsider.expect_progress()?;
         for peer in &workers {
             // SAFETY: Our own child.
             unsafe { libc::kill(peer.pid, libc::SIGKILL) };
         }
         for peer in &workers {
-            end_of(peer.pid)?;
+            wait_for_exit(peer.pid)?;
         }
         ensure!(
             group.events("oom_kill")? >= KILLS,
-            "killed by somebody else"
+            "not all killed by the cgroup's OOM"
         );
-        outsider.goes_on()?;
+        outsider.expect_progress()?;
         outsider.finish()?;
-        all_back(fd)?;
-        uncharged(&group)
+        expect_all_freed(fd)?;
+        expect_uncharged(&group)
     };
 
     let shmem = meminfo("Shmem")?;
@@ -376,11 +379,11 @@ pub fn killed_while_others_unmap(seed: u64) -> Result<()> {
                 .with_context(|| format!("{swap} pages of swap, memory.oom.group {all_at_once}"))?;
         }
     }
-    shmem_is_back(shmem)
+    expect_shmem_back(shmem)
 }
 
-/// A process that may not be killed faults at its limit, and will until there is memory. Whoever
-/// unmaps other pages of the same object goes on, and that is what ends it.
+/// A process that may not be killed keeps faulting at its limit until there is memory. Another process
+/// can still unmap pages of the same object, and that lets the first one continue.
 pub fn unkillable_at_its_limit() -> Result<()> {
     for fd in both_doors(4 * LIMIT)? {
         let group = limited("unkillable", 0)?;
@@ -399,22 +402,22 @@ pub fn unkillable_at_its_limit() -> Result<()> {
         child.meet()?;
         let ours = Map::shared(&fd, LIMIT / 2, 0)?;
         child.meet()?;
-        until("at its limit", || Ok(group.events("oom")? > 0))?;
+        wait_until("at its limit", || Ok(group.events("oom")? > 0))?;
         ours.check(1)?;
-        ensure!(ended(child.pid)?.is_none(), "it ended at its limit");
+        ensure!(try_wait(child.pid)?.is_none(), "it exited at its limit");
         ours.unmap()?;
-        let status = end_of(child.pid)?;
+        let status = wait_for_exit(child.pid)?;
         ensure!(status == 0, "status {status:#x}");
-        all_back(&fd)?;
-        uncharged(&group)?;
+        expect_all_freed(&fd)?;
+        expect_uncharged(&group)?;
     }
     Ok(())
 }
 
-/// `SWAP_FLAG_PREFER` of `linux/swap.h`: a priority follows.
+/// `SWAP_FLAG_PREFER` of `linux/swap.h`: the low bits are a priority.
 const SWAP_FLAG_PREFER: c_int = 0x8000;
 
-/// Swap on compressed memory, used before all other, given up when dropped.
+/// A zram swap device, used before any other swap and removed on drop.
 struct Zram(String);
 
 impl Zram {
@@ -450,8 +453,8 @@ fn swap_used() -> Result<usize> {
     Ok(meminfo("SwapTotal")? - meminfo("SwapFree")?)
 }
 
-/// What word `word` of page `page` holds. Most pages are one word repeated, of which zram keeps that
-/// word; the others it has to compress.
+/// The content of word `word` of page `page`. Most pages repeat one word, and zram stores just that
+/// word; it has to compress the others.
 fn content(page: usize, word: usize) -> u64 {
     let value = 0xa110_c8ed_0000_0000 + page as u64;
     if page % 16 == 0 && word < 16 {
@@ -461,8 +464,8 @@ fn content(page: usize, word: usize) -> u64 {
     }
 }
 
-/// Does something with each page. Most of them are taken out of the page tables after that, and stay
-/// in the file: to do so when they go to swap costs a flush of the TLB each, which is dear in emulation.
+/// Calls `each` for each page. Most pages are removed from the page tables afterwards, but stay in the
+/// file: otherwise swapping them out costs a TLB flush each, which is slow in emulation.
 fn page_by_page(map: Map, mut each: impl FnMut(usize) -> Result<()>) -> Result<()> {
     const CHUNK: usize = 1024;
     for (number, first) in (0..map.pages).step_by(CHUNK).enumerate() {
@@ -475,19 +478,19 @@ fn page_by_page(map: Map, mut each: impl FnMut(usize) -> Result<()>) -> Result<(
     Ok(())
 }
 
-/// Four times the machine's memory, half of it by each door, is written, read and unmapped.
+/// Writes, reads and unmaps four times the machine's memory, half of it through each door.
 pub fn four_times_the_memory() -> Result<()> {
     const SMALL: usize = (1 << 30) / PAGE;
     let memory = meminfo("MemTotal")?;
     if memory > SMALL {
-        return skip("wants a machine with 1 GiB of memory at most, and all of that");
+        return skip("needs a machine with at most 1 GiB of memory, and uses all of it");
     }
     let (swaps, used) = (
         fs::read_to_string("/proc/swaps")?.lines().count(),
         swap_used()?,
     );
     let zram = Zram::new(4 * memory + SMALL / 16)?;
-    // In a process of its own, which may be killed, and has left the swap when that is taken away.
+    // In a child, which may be killed, and which uses no more swap when the device is removed.
     let child = fork(|_| {
         let before = meminfo("Shmem")? + swap_used()?;
         let maps = both_doors(2 * memory)?;
@@ -504,8 +507,8 @@ pub fn four_times_the_memory() -> Result<()> {
             })?;
         }
         for (fd, map) in &maps {
-            // One that is just being moved counts twice.
-            until("all written pages there", || {
+            // A page that is just being swapped may count twice.
+            wait_until("all written pages present", || {
                 let all = info(fd)?;
                 Ok(all.resident + all.swapped == map.pages)
             })?;
@@ -522,10 +525,10 @@ pub fn four_times_the_memory() -> Result<()> {
         ensure!(out as usize > 3 * memory, "{out} pages swapped out");
         for (fd, map) in &maps {
             map.unmap()?;
-            all_back(fd)?;
+            expect_all_freed(fd)?;
             ensure!(info(fd)?.freed >= map.pages as u64, "{:?}", info(fd)?);
         }
-        // Other processes' memory went out as well. There is little of that.
+        // Memory of other processes was swapped out as well, but there is little of it.
         let left = (meminfo("Shmem")? + swap_used()?).saturating_sub(before);
         ensure!(left < 2048, "Shmem and swap: {left} pages more than before");
         count("pages", 4 * memory as u64);
@@ -536,7 +539,7 @@ pub fn four_times_the_memory() -> Result<()> {
 
     drop(zram);
     let now = fs::read_to_string("/proc/swaps")?.lines().count();
-    ensure!(now == swaps, "swap was not given up");
+    ensure!(now == swaps, "the swap device is still there");
     ensure!(
         swap_used()? <= used,
         "{} pages in swap, and {used} before",
@@ -545,7 +548,7 @@ pub fn four_times_the_memory() -> Result<()> {
     Ok(())
 }
 
-/// Where the kernel keeps the knobs of each size of huge pages, and the size in pages.
+/// The kernel's directory of knobs for each size of huge page, and that size in pages.
 fn huge_sizes() -> Result<Vec<(PathBuf, usize)>> {
     let mut sizes = Vec::new();
     for entry in fs::read_dir(THP).context(THP)? {
@@ -560,11 +563,11 @@ fn huge_sizes() -> Result<Vec<(PathBuf, usize)>> {
     Ok(sizes)
 }
 
-/// Four pages of `size` pages each lose some of these at odd places.
-fn cut(fd: &OwnedFd, size: usize, hint: bool) -> Result<()> {
+/// Unmaps parts of four huge pages of `size` pages each, at various places.
+fn unmap_parts(fd: &OwnedFd, size: usize, hint: bool) -> Result<()> {
     let (place, all) = aligned(4 * size)?;
     for number in 0..4 {
-        // As large as what is mapped allows, so map no more than that.
+        // A huge page may be as large as the mapping, so no mapping is larger than `size`.
         let map = all.part(number * size, size).cover(fd, number * size)?;
         if hint {
             map.advise(libc::MADV_HUGEPAGE).context("MADV_HUGEPAGE")?;
@@ -573,7 +576,7 @@ fn cut(fd: &OwnedFd, size: usize, hint: bool) -> Result<()> {
     }
     expect_resident(fd, 4 * size, "touched")?;
 
-    // Across two, one whole, in the middle of one, and (of some size) inside one.
+    // Across two huge pages, a whole one, the middle of one, and inside one if it is large enough.
     let mut holes = vec![
         (size - 1, 2),
         (2 * size, size),
@@ -602,7 +605,7 @@ fn cut(fd: &OwnedFd, size: usize, hint: bool) -> Result<()> {
     expect_resident(fd, 0, "all unmapped")
 }
 
-/// Huge pages of every size the kernel has, whatever its knobs say.
+/// Huge pages of every size the kernel supports, with several settings of its knobs.
 pub fn huge_pages_of_each_size() -> Result<()> {
     let sizes = huge_sizes()?;
     if sizes.is_empty() {
@@ -621,21 +624,21 @@ pub fn huge_pages_of_each_size() -> Result<()> {
                 let made = || -> Result<u64> { Ok(fs::read_to_string(&stat)?.trim().parse()?) };
                 let before = made()?;
                 for fd in both_doors(4 * size)? {
-                    cut(&fd, *size, hint)
+                    unmap_parts(&fd, *size, hint)
                         .with_context(|| format!("{mode}, each size {knob}, {size} pages"))?;
                 }
                 ensure!(
                     made()? >= before + 8,
-                    "{mode}, {knob}: not made of {size} pages"
+                    "{mode}, {knob}: no huge pages of {size} pages were made"
                 );
             }
         }
     }
-    shmem_is_back(shmem)
+    expect_shmem_back(shmem)
 }
 
-/// Huge pages that are whole in swap are freed there, and none is read back to free a part of it.
-pub fn huge_pages_go_from_swap() -> Result<()> {
+/// Huge pages that were swapped out whole are freed in swap, without reading any of them back.
+pub fn huge_pages_freed_in_swap() -> Result<()> {
     const PAGES: usize = 16 * HUGE;
     let _huge = Setting::set(Path::new(THP).join("shmem_enabled"), "always")?;
     for fd in both_doors(PAGES)? {
@@ -645,28 +648,31 @@ pub fn huge_pages_go_from_swap() -> Result<()> {
         let whole = vmstat("thp_swpout")?;
         page_out(&fd, map)?;
         let whole = vmstat("thp_swpout")? - whole;
-        ensure!(whole > 8, "{whole} huge pages went to swap as they are");
+        ensure!(whole > 8, "only {whole} huge pages were swapped out whole");
 
         let read = vmstat("pswpin")?;
         map.unmap()?;
         let read = vmstat("pswpin")? - read;
-        ensure!(read == 0, "{read} pages were read from swap to be freed");
-        all_back(&fd)?;
+        ensure!(
+            read == 0,
+            "{read} pages were read from swap in order to free them"
+        );
+        expect_all_freed(&fd)?;
         place.unmap()?;
     }
     Ok(())
 }
 
-/// Moves the machine's memory together, again and again.
-fn compaction() -> Result<Crowd> {
-    Crowd::start(1, 0, |_, _| {
-        // khugepaged is nice, and would not get far otherwise.
+/// Compacts the machine's memory again and again.
+fn compaction() -> Result<Workers> {
+    Workers::start(1, 0, |_, _| {
+        // Pauses, as khugepaged runs at low priority and would make no progress otherwise.
         thread::sleep(Duration::from_millis(20));
         fs::write("/proc/sys/vm/compact_memory", "1").context("compact_memory")
     })
 }
 
-/// khugepaged makes huge pages of what guests have mapped and give up, compaction moves both.
+/// khugepaged collapses what guests map and unmap, while compaction moves small and huge pages.
 pub fn khugepaged_and_compaction(seed: u64) -> Result<()> {
     let settings = [
         ("shmem_enabled", "advise"),
@@ -684,32 +690,33 @@ pub fn khugepaged_and_compaction(seed: u64) -> Result<()> {
     let shmem = meminfo("Shmem")?;
     let [dev, file] = both_doors(HUGE)?;
     let compaction = compaction()?;
-    let guests = Crowd::start(2, seed, |guest, rng| {
+    let guests = Workers::start(2, seed, |guest, rng| {
         let pause = Duration::from_millis(rng.u64(..300));
-        live([&dev, &file][guest], 0, HUGE, rng, |map| {
-            // From here on they may be huge; small they are already.
+        guest_round([&dev, &file][guest], 0, HUGE, rng, |map| {
+            // The pages are small already; from here on khugepaged may collapse them.
             map.advise(libc::MADV_HUGEPAGE)?;
             thread::sleep(pause);
             Ok(())
         })
     })?;
-    // The huge pages that are seen are of its making.
+    // Only khugepaged makes huge pages here.
     let (start, mut seen) = (Instant::now(), 0);
-    until("khugepaged at work", || {
-        guests.alive()?;
+    wait_until("khugepaged at work", || {
+        guests.expect_alive()?;
         seen += usize::from(meminfo("ShmemHugePages")? > 0);
         Ok(start.elapsed() > TIME && seen >= 10)
     })?;
-    guests.goes_on()?;
-    compaction.goes_on()?;
+    guests.expect_progress()?;
+    compaction.expect_progress()?;
     println!("huge pages seen {seen} times");
     guests.finish()?;
     compaction.finish()?;
-    all_back(&dev).context("device")?;
-    // What is emptied of a huge page that somebody holds stays in a file of the ioctl, until it goes.
-    println!("of the ioctl's file: {:?}", info(&file)?);
+    expect_all_freed(&dev).context("device")?;
+    // A huge page that somebody held, so that it could not be split, stays in the ioctl's file: its
+    // unmapped parts are zeroed, and freed with the file.
+    println!("ioctl's file: {:?}", info(&file)?);
     drop(file);
-    shmem_is_back(shmem)
+    expect_shmem_back(shmem)
 }
 
 /// The nodes that have memory.
@@ -726,7 +733,7 @@ fn nodes() -> Result<Vec<usize>> {
 fn numa(what: &str, ret: c_long) -> Result<c_int> {
     match cvt(ret as c_int) {
         Err(err) if err.raw_os_error() == Some(libc::ENOSYS) => {
-            skip("the kernel moves no pages between nodes")
+            skip("the kernel cannot move pages between nodes")
         }
         result => result.with_context(|| what.to_owned()),
     }
@@ -735,13 +742,13 @@ fn numa(what: &str, ret: c_long) -> Result<c_int> {
 /// `MPOL_MF_MOVE` of `linux/mempolicy.h`.
 const MPOL_MF_MOVE: c_int = 2;
 
-/// Moves the pages of `map` to `node`, if one is given. Returns where each page is then.
+/// Moves the pages of `map` to `node`, if given. Returns the node of each page afterwards.
 fn move_pages(map: Map, node: Option<usize>) -> Result<Vec<c_int>> {
     let pages: Vec<_> = (0..map.pages).map(|page| map.word(page, 0)).collect();
     let to = node.map(|node| vec![node as c_int; map.pages]);
     let mut status = vec![-1; map.pages];
     let to = to.as_ref().map_or(ptr::null(), |to| to.as_ptr());
-    // SAFETY: Three arrays of that length, of which the second may be missing.
+    // SAFETY: Three arrays of that length, of which the second may be null.
     let ret = unsafe {
         libc::syscall(
             libc::SYS_move_pages,
@@ -757,10 +764,10 @@ fn move_pages(map: Map, node: Option<usize>) -> Result<Vec<c_int>> {
     Ok(status)
 }
 
-/// Moves what process `pid` (0: this one) has on node `from` to node `to`.
+/// Moves the pages of process `pid` (0: this one) from node `from` to node `to`.
 fn migrate_pages(pid: c_int, from: usize, to: usize) -> Result<c_int> {
     let (from, to): (c_ulong, c_ulong) = (1 << from, 1 << to);
-    // SAFETY: Two bit masks of one word; the kernel takes one bit off the number of bits.
+    // SAFETY: Two bit masks of one word; the kernel subtracts one from the number of bits.
     numa("migrate_pages", unsafe {
         libc::syscall(
             libc::SYS_migrate_pages,
@@ -774,7 +781,7 @@ fn migrate_pages(pid: c_int, from: usize, to: usize) -> Result<c_int> {
 
 fn mbind(map: Map, node: usize) -> Result<()> {
     let mask: c_ulong = 1 << node;
-    // SAFETY: A mapping of ours and a bit mask of one word.
+    // SAFETY: The test's own mapping, and a bit mask of one word.
     numa("mbind", unsafe {
         libc::syscall(
             libc::SYS_mbind,
@@ -789,13 +796,13 @@ fn mbind(map: Map, node: usize) -> Result<()> {
     Ok(())
 }
 
-/// Pages move between nodes by each of the three calls, and are the same pages after that.
+/// Each of the three system calls moves pages between nodes, and their content survives.
 pub fn pages_move_between_nodes(seed: u64) -> Result<()> {
     let nodes = nodes()?;
     let [one, two, ..] = nodes[..] else {
-        return skip("one NUMA node only; numa=fake=2 makes two");
+        return skip("only one NUMA node; boot with numa=fake=2");
     };
-    // The kernel is not to move them itself.
+    // Keeps the kernel from moving pages on its own.
     let balancing = Path::new("/proc/sys/kernel/numa_balancing");
     let _balancing = balancing
         .exists()
@@ -809,10 +816,10 @@ pub fn pages_move_between_nodes(seed: u64) -> Result<()> {
             let (place, map) = aligned(2 * HUGE)?;
             let map = map.cover(&fd, 0)?;
             map.fill(1);
-            // A page that somebody holds just then stays where it is: so ask until all went.
+            // A page with an extra reference does not move, so retry until all have.
             let moved = |how: &str, node: usize, call: &dyn Fn() -> Result<()>| -> Result<()> {
                 let all = || Ok(move_pages(map, None)?.iter().all(|at| *at == node as c_int));
-                until(how, || call().and_then(|()| all()))?;
+                wait_until(how, || call().and_then(|()| all()))?;
                 expect_resident(&fd, 2 * HUGE, how)?;
                 map.check(1).with_context(|| how.to_owned())
             };
@@ -823,7 +830,7 @@ pub fn pages_move_between_nodes(seed: u64) -> Result<()> {
                 })?;
                 moved("mbind", to, &|| mbind(map, to))?;
             }
-            // The policy is the object's: it holds for what is touched later, by whomever.
+            // The memory policy belongs to the object, so it applies to pages touched later.
             map.part(0, HUGE).unmap()?;
             expect_resident(&fd, HUGE, "half unmapped")?;
             map.part(0, HUGE).cover(&fd, 0)?.fill(1);
@@ -838,15 +845,15 @@ pub fn pages_move_between_nodes(seed: u64) -> Result<()> {
         }
     }
 
-    // And while they are touched and unmapped.
+    // Also while guests touch and unmap them.
     let fds = both_doors(4 * HUGE)?;
-    let guests = Crowd::start(4, seed, |guest, rng| {
-        live(&fds[guest % 2], guest / 2 * HUGE, HUGE / 4, rng, |_| Ok(()))
+    let guests = Workers::start(4, seed, |guest, rng| {
+        guest_round(&fds[guest % 2], guest / 2 * HUGE, HUGE / 4, rng, |_| Ok(()))
     })?;
     let start = Instant::now();
     let moved = vmstat("pgmigrate_success")?;
-    until("pages moved", || {
-        guests.alive()?;
+    wait_until("pages moved", || {
+        guests.expect_alive()?;
         for pid in &guests.pids {
             migrate_pages(*pid, one, two)?;
             migrate_pages(*pid, two, one)?;
@@ -857,43 +864,43 @@ pub fn pages_move_between_nodes(seed: u64) -> Result<()> {
         "{} pages moved meanwhile",
         vmstat("pgmigrate_success")? - moved
     );
-    guests.goes_on()?;
+    guests.expect_progress()?;
     guests.finish()?;
-    fds.iter().try_for_each(all_back)?;
-    shmem_is_back(shmem)
+    fds.iter().try_for_each(expect_all_freed)?;
+    expect_shmem_back(shmem)
 }
 
-/// A processor goes and comes, and memory is moved, while guests map, touch and unmap.
-pub fn processors_come_and_go(seed: u64) -> Result<()> {
+/// CPU 1 goes offline and online, and compaction moves memory, while guests map, touch and unmap.
+pub fn cpu_hotplug(seed: u64) -> Result<()> {
     const ONLINE: &str = "/sys/devices/system/cpu/cpu1/online";
     if !fs::exists(ONLINE)? {
-        return skip("one processor, or none that can be taken away");
+        return skip("CPU 1 does not exist or cannot go offline");
     }
     let online = Setting::set(ONLINE, "1")?;
     let shmem = meminfo("Shmem")?;
     let fds = both_doors(4 * HUGE)?;
     let compaction = compaction()?;
-    let guests = Crowd::start(4, seed, |guest, rng| {
-        live(&fds[guest % 2], guest / 2 * HUGE, HUGE / 4, rng, |_| Ok(()))
+    let guests = Workers::start(4, seed, |guest, rng| {
+        guest_round(&fds[guest % 2], guest / 2 * HUGE, HUGE / 4, rng, |_| Ok(()))
     })?;
     let (start, mut times) = (Instant::now(), 0);
     while times < 4 || start.elapsed() < TIME {
         fs::write(ONLINE, "0").context("offline")?;
-        guests.goes_on()?;
+        guests.expect_progress()?;
         fs::write(ONLINE, "1").context("online")?;
-        guests.goes_on()?;
+        guests.expect_progress()?;
         times += 1;
     }
-    println!("gone {times} times");
+    println!("offline {times} times");
     guests.finish()?;
-    compaction.goes_on()?;
+    compaction.expect_progress()?;
     compaction.finish()?;
-    fds.iter().try_for_each(all_back)?;
-    shmem_is_back(shmem)?;
+    fds.iter().try_for_each(expect_all_freed)?;
+    expect_shmem_back(shmem)?;
     drop(online);
     ensure!(
         fs::read_to_string(ONLINE)?.trim() == "1",
-        "processor 1 is not back"
+        "CPU 1 is not back online"
     );
     Ok(())
 }

@@ -1,41 +1,40 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Processes and threads map, touch, write and verify pages that others unmap at the same time: in
-//! [`duels`] of everything that matters, then in a melee.
+//! Processes and threads map, touch, write and verify pages that others unmap at the same time:
+//! first in [`duels`] between all relevant pairs of operations, then in a melee.
 //!
-//! Every worker has a word of its own in every page. It maps some pages, writes its word, and as
-//! long as it has them mapped its word must stay: this is what fails if a page is freed after
-//! somebody mapped and touched it. When all are gone, so must be every page.
+//! Every worker owns a word in every page. It maps some pages and writes its word, which must stay
+//! for as long as the worker has the page mapped. If a page is freed after somebody mapped and
+//! touched it, this check fails. Once all workers are gone, every page must be freed.
 //!
-//! A page can be mapped past `fault` and `map_pages` as well, by MADV_COLLAPSE: that is a race of
-//! its own.
+//! MADV_COLLAPSE maps pages without calling `fault` or `map_pages`, so it has a race test of its own.
 //!
-//! Freeing many pages takes a while. So one process maps them all, brings them in and unmaps them,
-//! again and again; the others map a few, in the middle of that.
+//! Freeing many pages takes a while. So one process repeatedly maps all pages, brings them in and
+//! unmaps them, while the others map a few of them.
 
 mod duels;
 
 use crate::sys::*;
 use anyhow::{Context, Result, ensure};
-use duels::{Weather, duels};
+use duels::{PageMode, duels};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 const PAGES: usize = 1024;
-/// Threads of the processes that map a few. Those of one process wait for each other in mmap(2).
+/// Threads of each process that maps a few pages. Threads of one process serialize in mmap(2).
 const THREADS: usize = 2;
 
 /// Maps all pages, brings them in, unmaps them.
-fn sweep(fd: &OwnedFd, worker: usize, weather: Weather, until: Instant) -> Result<u64> {
+fn sweep(fd: &OwnedFd, worker: usize, mode: PageMode, until: Instant) -> Result<u64> {
     let mut rounds = 0;
 
-    // Twice at least, on a machine however slow.
+    // At least twice, on a machine however slow.
     while rounds < 2 || Instant::now() < until {
         let map = Map::shared(fd, PAGES, 0)?;
         map.advise(libc::MADV_POPULATE_WRITE)?;
         write_and_verify(map, worker, rounds + 1, Duration::ZERO)?;
-        if weather == Weather::SmallPagesAndSwap && rounds % 2 == 0 {
-            // Freed in swap, while others bring them in.
+        if mode == PageMode::SmallPagesAndSwap && rounds % 2 == 0 {
+            // These pages are freed in swap while others bring them in.
             map.part(0, PAGES / 2).advise(libc::MADV_PAGEOUT)?;
         }
         map.unmap()?;
@@ -54,7 +53,7 @@ fn probe(fd: &OwnedFd, worker: usize, seed: u64, until: Instant) -> Result<u64> 
         let pages = rng.usize(1..=4.min(PAGES - first));
         let map = Map::shared(fd, pages, first)?;
         if rng.bool() {
-            // Finds a page by reading: then `map_pages` makes the PTEs, and writing faults no more.
+            // On a read fault, `map_pages` sets the PTEs, and the write does not fault.
             map.read(0);
         }
         write_and_verify(
@@ -64,7 +63,7 @@ fn probe(fd: &OwnedFd, worker: usize, seed: u64, until: Instant) -> Result<u64> 
             Duration::from_micros(rng.u64(..8000)),
         )?;
         match rng.u8(..10) {
-            // Page by page, in the wrong order.
+            // Page by page, in descending order.
             0 => (0..pages)
                 .rev()
                 .try_for_each(|page| map.part(page, 1).unmap())?,
@@ -81,7 +80,7 @@ fn probe(fd: &OwnedFd, worker: usize, seed: u64, until: Instant) -> Result<u64> 
     Ok(rounds)
 }
 
-/// Writes the worker's word into every page, and for a while looks whether it is there.
+/// Writes the worker's word into every page, and verifies it for `time`.
 fn write_and_verify(map: Map, worker: usize, tag: u64, time: Duration) -> Result<()> {
     let until = Instant::now() + time;
 
@@ -106,12 +105,12 @@ fn write_and_verify(map: Map, worker: usize, tag: u64, time: Duration) -> Result
     }
 }
 
-/// Runs the race for `seconds`: on each of the two doors, in each weather, duels and a melee.
+/// Runs the race for `seconds`: duels and a melee through each of the two doors, in each page mode.
 pub fn map_touch_unmap(seed: u64, seconds: u64) -> Result<()> {
     let half = Duration::from_secs(seconds).div_f64(8.0);
-    for (weather, enabled) in [
-        (Weather::SmallPagesAndSwap, "never"),
-        (Weather::HugePages, "always"),
+    for (mode, enabled) in [
+        (PageMode::SmallPagesAndSwap, "never"),
+        (PageMode::HugePages, "always"),
     ] {
         for (door, has_fallocate, fd) in [
             ("the device", false, device()?),
@@ -120,25 +119,25 @@ pub fn map_touch_unmap(seed: u64, seconds: u64) -> Result<()> {
             let start = Instant::now();
             let fight = || -> Result<()> {
                 std::fs::write(SHMEM_ENABLED, enabled)?;
-                let fought = duels(&fd, has_fallocate, weather, seed, start + half)?;
-                println!("{door}, {weather:?}: {fought} duels, {:?}", start.elapsed());
+                let fought = duels(&fd, has_fallocate, mode, seed, start + half)?;
+                println!("{door}, {mode:?}: {fought} duels, {:?}", start.elapsed());
                 count("operations", fought);
                 std::fs::write(SHMEM_ENABLED, enabled)?;
-                melee(&fd, weather, seed, Instant::now() + half)
+                melee(&fd, mode, seed, Instant::now() + half)
             };
-            fight().with_context(|| format!("{door}, {weather:?}, seed {seed}"))?;
+            fight().with_context(|| format!("{door}, {mode:?}, seed {seed}"))?;
         }
     }
     Ok(())
 }
 
-/// All at once, at random.
-fn melee(fd: &OwnedFd, weather: Weather, seed: u64, until: Instant) -> Result<()> {
+/// All workers at once, at random.
+fn melee(fd: &OwnedFd, mode: PageMode, seed: u64, until: Instant) -> Result<()> {
     let peers = (0..PROCESSES)
         .map(|process| {
             fork(|_| {
                 let rounds = if process == 0 {
-                    sweep(fd, 0, weather, until)?
+                    sweep(fd, 0, mode, until)?
                 } else {
                     std::thread::scope(|scope| {
                         let threads: Vec<_> = (0..THREADS)
@@ -160,8 +159,8 @@ fn melee(fd: &OwnedFd, weather: Weather, seed: u64, until: Instant) -> Result<()
     let results: Vec<_> = peers.into_iter().map(Peer::join).collect();
     results.into_iter().collect::<Result<Vec<()>>>()?;
 
-    if weather == Weather::HugePages {
-        // What was left of huge pages that were taken apart goes with the whole.
+    if mode == PageMode::HugePages {
+        // Partly unmapped huge pages are freed when their whole range is unmapped.
         Map::shared(fd, PAGES, 0)?.unmap()?;
     }
     expect_resident(fd, 0, "all unmapped")?;
@@ -173,8 +172,8 @@ const PROCESSES: usize = 3;
 const HUGE: usize = 512;
 const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
-/// One process unmaps many huge pages. Another maps the last of them meanwhile, has it mapped by
-/// MADV_COLLAPSE, which asks neither `fault` nor `map_pages`, and writes.
+/// One process unmaps many huge pages. Meanwhile another covers the last of them, populates it with
+/// MADV_COLLAPSE, which calls neither `fault` nor `map_pages`, and writes.
 pub fn collapse() -> Result<()> {
     const MANY: usize = 50;
     const ROUNDS: u64 = 12;
@@ -213,13 +212,14 @@ pub fn collapse() -> Result<()> {
         last.unmap()?;
         expect_resident(&dev, 0, "all unmapped")?;
     }
-    println!("{collapsed} of {ROUNDS} collapsed, {early} while nothing was freed yet");
+    println!("{collapsed} of {ROUNDS} collapsed, {early} before the close was done");
     Ok(())
 }
 
-/// One process unmaps many pages that are in swap. Another maps the last of them meanwhile, brings it
-/// in and writes: between "nobody maps it" and "it is freed", if a fault can get there.
-pub fn fault_of_what_goes_from_swap() -> Result<()> {
+/// One process unmaps many swapped-out pages. Meanwhile another maps the last of them, brings it in
+/// and writes to it: after the closer found it uncovered and before it is freed, if a fault can get
+/// in between.
+pub fn fault_during_swap_freeing() -> Result<()> {
     let place = Map::reserve(PAGES)?;
     let swap_out = |dev: &OwnedFd| -> Result<Map> {
         let map = place.cover(dev, 0)?;
@@ -237,7 +237,7 @@ pub fn fault_of_what_goes_from_swap() -> Result<()> {
 
     let begun = Map::shared(&memfd(1)?, 1, 0)?;
     let start = Instant::now();
-    let (mut rounds, mut in_the_middle) = (0u32, 0);
+    let (mut rounds, mut early) = (0u32, 0);
     while rounds < 4 || start.elapsed() < Duration::from_secs(5) {
         let dev = device()?;
         begun.write(0, 0);
@@ -247,12 +247,12 @@ pub fn fault_of_what_goes_from_swap() -> Result<()> {
             map?.unmap()
         })?;
         while begun.read(0) == 0 {}
-        // Few rounds, on a slow kernel, are spread over all of it as well.
+        // Spreads even a few rounds, on a slow kernel, over the whole time.
         let wait = Instant::now() + time.mul_f64(f64::from(rounds * 5 % 16) / 16.0);
         while Instant::now() < wait {}
 
         let last = Map::shared(&dev, 1, PAGES - 1)?;
-        in_the_middle += u32::from(info(&dev)?.freed == 0);
+        early += u32::from(info(&dev)?.freed == 0);
         // SAFETY: Inside the mapping; nobody else writes there.
         unsafe { last.word(0, 1).write_volatile(0x1234) };
         child.join()?;
@@ -263,14 +263,14 @@ pub fn fault_of_what_goes_from_swap() -> Result<()> {
         expect_resident(&dev, 0, "all unmapped")?;
         rounds += 1;
     }
-    println!("{rounds} rounds of {time:?}, in {in_the_middle} mapped before all was freed");
+    println!("{rounds} rounds of {time:?}, in {early} mapped before the close was done");
     count("operations", u64::from(rounds));
     Ok(())
 }
 
-/// One thread unmaps a huge page's worth of memory while another has it collapsed, for which the
-/// kernel lets go of `mmap_lock`. What comes of that has lost its last mapping, and has to go.
-pub fn collapse_of_what_is_unmapped() -> Result<()> {
+/// One thread unmaps a huge page's worth of memory while another collapses it, for which the kernel
+/// drops `mmap_lock`. The resulting huge page has lost its last mapping, and has to be freed.
+pub fn collapse_during_unmap() -> Result<()> {
     const ROUNDS: u64 = 80;
     let (mut collapsed, mut at_once, mut left, mut stale) = (0, 0, 0, 0);
     let (mut round, begin) = (0, Instant::now());
@@ -280,10 +280,10 @@ pub fn collapse_of_what_is_unmapped() -> Result<()> {
         let place = Map::reserve(2 * HUGE)?;
         let skip = place.addr.align_offset(HUGE * PAGE) / PAGE;
         let map = place.part(skip, HUGE).cover(&dev, 0)?;
-        // Few pages, so that most of the time goes into the huge one they become a part of.
+        // A few pages only, so that most of the time is spent on the huge page they become part of.
         (0..HUGE).step_by(64).for_each(|page| map.write(page, 7));
         if round % 2 == 1 {
-            // Then the collapse brings them back.
+            // The collapse then brings the pages back from swap.
             map.advise(libc::MADV_PAGEOUT)?;
         }
 
@@ -313,12 +313,12 @@ pub fn collapse_of_what_is_unmapped() -> Result<()> {
         place.unmap()?;
         round += 1;
     }
-    println!("{round} rounds, {collapsed} collapsed, {at_once} not before the unmapping began");
-    // A collapse may put a page of zeros there once `close` is through. That one goes next time.
+    println!("{round} rounds, {collapsed} collapsed, {at_once} ended after the unmap began");
+    // A collapse may put a huge page of zeros into the file after `close`. The next close frees it.
     println!("pages were left in {left} rounds");
     ensure!(
         stale == 0,
-        "all unmapped, and yet old data in {stale} rounds"
+        "old data after all was unmapped in {stale} rounds"
     );
     Ok(())
 }

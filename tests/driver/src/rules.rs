@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::{fs, ptr};
 
-/// What tests fill pages with. Not zero, so that a page that came back empty is noticed.
+/// The tag tests fill pages with. Not zero, so that a page that came back empty is noticed.
 const TAG: u64 = 0xa110_c8ed_0000_0000;
 
 pub fn munmap_whole() -> Result<()> {
@@ -20,13 +20,13 @@ pub fn munmap_whole() -> Result<()> {
     expect_resident(&dev, 2048, "touched")?;
     ensure!(
         meminfo("Shmem")? >= before + 2048,
-        "Shmem did not grow by what was touched"
+        "Shmem did not grow by the touched pages"
     );
 
     map.unmap()?;
     expect_resident(&dev, 0, "unmapped")?;
     ensure!(info(&dev)?.freed == 2048, "freed: {}", info(&dev)?.freed);
-    ensure!(meminfo("Shmem")? < before + 64, "Shmem did not go back");
+    ensure!(meminfo("Shmem")? < before + 64, "Shmem did not drop back");
     Map::shared(&dev, 2048, 0)?.check_zero()
 }
 
@@ -58,7 +58,7 @@ pub fn munmap_one_by_one() -> Result<()> {
     let dev = device()?;
     let map = Map::shared(&dev, 64, 1000)?;
     map.fill(TAG);
-    // Odd ones first, so that each of them splits a VMA.
+    // Odd pages first: unmapping each of them splits a VMA.
     for (done, page) in (1..64).step_by(2).chain((0..64).step_by(2)).enumerate() {
         map.part(page, 1).unmap()?;
         expect_resident(&dev, 63 - done, "one more")?;
@@ -91,12 +91,12 @@ pub fn map_fixed_over_by_the_same_pages() -> Result<()> {
     let dev = device()?;
     let map = Map::shared(&dev, 16, 0)?;
     map.fill(TAG);
-    // The old mapping goes before the new one comes: in between nothing covers the pages.
+    // The old mapping goes away before the new one exists: in between nothing covers the pages.
     map.cover(&dev, 0)?;
     expect_resident(&dev, 0, "mapped over")?;
     map.check_zero()?;
 
-    // With another mapping of them it makes no difference.
+    // Another mapping of the same pages keeps them.
     let keeper = Map::shared(&dev, 16, 0)?;
     map.fill(TAG);
     map.cover(&dev, 0)?;
@@ -115,7 +115,7 @@ pub fn mremap_moves() -> Result<()> {
     expect_resident(&dev, 64, "moved")?;
     moved.check(TAG)?;
 
-    // A part of it: the VMA is split, its middle moved.
+    // Moving a part of the mapping splits the VMA.
     let middle = moved.part(20, 10);
     let place = Map::reserve(10)?;
     let middle = middle.remap(10, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, place.addr)?;
@@ -172,7 +172,7 @@ pub fn mremap_makes_a_second_mapping() -> Result<()> {
     expect_resident(&dev, 0, "second unmapped")
 }
 
-/// Mappings side by side that are several VMAs move with one call, as tmpfs's do.
+/// One call moves several adjacent VMAs, as with tmpfs.
 pub fn mremap_moves_several_at_once() -> Result<()> {
     for fd in [device()?, memfd(64)?] {
         let place = Map::reserve(16)?;
@@ -185,9 +185,9 @@ pub fn mremap_moves_several_at_once() -> Result<()> {
     Ok(())
 }
 
-/// Thousands of mappings that end, over thousands that stay, with no page ever touched: nothing to
-/// do, so it must not take the product of both.
-pub fn many_mappings_of_nothing_end_quickly() -> Result<()> {
+/// Thousands of mappings go away and thousands of overlapping ones stay, but no page was ever
+/// touched. There is nothing to free, so the time must not grow with the product of both numbers.
+pub fn many_untouched_mappings_close_quickly() -> Result<()> {
     const MANY: usize = 3000;
     let time = |fd: &OwnedFd| -> Result<std::time::Duration> {
         let place = Map::reserve(2 * MANY)?;
@@ -209,7 +209,7 @@ pub fn many_mappings_of_nothing_end_quickly() -> Result<()> {
     };
     let (ours, peer) = (time(&device()?)?, time(&memfd(2 * MANY)?)?);
     println!("{ours:?}, {peer:?} with a memfd");
-    // Seconds if it is quadratic; some hundredths as it is.
+    // Quadratic closing takes seconds; a correct driver takes some hundredths of one.
     ensure!(
         ours < 10 * peer + std::time::Duration::from_secs(1),
         "{ours:?}, {peer:?} with a memfd"
@@ -236,7 +236,7 @@ pub fn fork_parent_unmaps() -> Result<()> {
     map.fill(TAG);
     let mut child = fork(|peer| {
         peer.meet()?;
-        // Covered by this process all along, but touched by it only now.
+        // This process has covered the pages all along, but touches them only now.
         peer.meet()?;
         map.check(TAG)
     })?;
@@ -248,12 +248,12 @@ pub fn fork_parent_unmaps() -> Result<()> {
     expect_resident(&dev, 0, "child gone")
 }
 
-/// At an exit all mappings are gone before the first of them is closed, and its close may free what
-/// the others had. Whatever their order in the file, what another process has stays, and what was
-/// written and never mapped.
+/// At exit, all mappings have left the tree before the first of them is closed, and that close may
+/// free pages of the others. Whatever their order in the file, pages that another process maps
+/// stay, and so does data that was written and never mapped.
 pub fn exit_with_many_mappings() -> Result<()> {
     const PAGES: usize = 300;
-    // By turns forwards, backwards, and in strides.
+    // Through each door: forwards, backwards, and in strides.
     for (door, order) in [
         (0, 1),
         (0, PAGES - 1),
@@ -384,7 +384,7 @@ pub fn closing_the_device_frees_nothing_mapped() -> Result<()> {
     drop(dev);
     map.check(TAG)?;
     map.unmap()?;
-    ensure!(meminfo("Shmem")? < before + 64, "Shmem did not go back");
+    ensure!(meminfo("Shmem")? < before + 64, "Shmem did not drop back");
     Ok(())
 }
 
@@ -442,11 +442,14 @@ pub fn mlocked_pages() -> Result<()> {
     Ok(())
 }
 
-/// Pages go to swap and come back; unmapped there, their slots come back.
+/// Pages go to swap and come back; pages unmapped while in swap give back their slots.
 pub fn swapped_out_pages() -> Result<()> {
     let dev = device()?;
     let free = meminfo("SwapFree")?;
-    ensure!(free > 4096, "no swap: the test run has to set some up");
+    ensure!(
+        free > 4096,
+        "too little swap: the test run has to set it up"
+    );
     let map = Map::shared(&dev, 2048, 0)?;
     map.fill(TAG);
     page_out(&dev, map)?;
@@ -472,7 +475,7 @@ pub fn swapped_out_pages() -> Result<()> {
     Map::shared(&dev, 2048, 0)?.check_zero()
 }
 
-/// Swaps out `map`, or most of it.
+/// Swaps out at least three quarters of `map`.
 pub fn page_out(dev: &OwnedFd, map: Map) -> Result<()> {
     for _ in 0..20 {
         map.advise(libc::MADV_PAGEOUT).context("MADV_PAGEOUT")?;
@@ -542,7 +545,7 @@ pub fn madvise_dontfork() -> Result<()> {
 const HUGE: usize = 512;
 const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
-/// A range of huge pages, aligned in file and address space, touched and really huge.
+/// A filled range of huge pages, aligned in file and address space. Fails if the kernel made none.
 fn huge_pages(dev: &OwnedFd, pages: usize) -> Result<Map> {
     fs::write(SHMEM_ENABLED, "advise")?;
     let place = Map::reserve(pages + HUGE)?;
@@ -561,11 +564,11 @@ pub fn huge_pages_partly_unmapped() -> Result<()> {
     let dev = device()?;
     let map = huge_pages(&dev, 4 * HUGE)?;
     expect_resident(&dev, 4 * HUGE, "touched")?;
-    // Inside one, across two, and one whole.
+    // A part of one huge page, parts of two neighbours, and a whole one.
     map.part(100, 28).unmap()?;
     expect_resident(&dev, 4 * HUGE - 28, "28 in the middle of the first")?;
     map.part(HUGE - 10, 20).unmap()?;
-    expect_resident(&dev, 4 * HUGE - 48, "20 around the first border")?;
+    expect_resident(&dev, 4 * HUGE - 48, "20 across the first boundary")?;
     map.part(2 * HUGE, HUGE).unmap()?;
     expect_resident(&dev, 3 * HUGE - 48, "the third")?;
     map.part(0, 100).check(TAG)?;
@@ -574,20 +577,15 @@ pub fn huge_pages_partly_unmapped() -> Result<()> {
         .check(TAG + 10 + HUGE as u64)?;
     map.part(3 * HUGE, HUGE).check(TAG + 3 * HUGE as u64)?;
     map.part(100, 28).cover(&dev, 100)?.check_zero()?;
-    // SAFETY: Ends every mapping of the device there is in this range.
-    Map {
-        addr: map.addr,
-        pages: map.pages,
-    }
-    .unmap()?;
+    map.unmap()?;
     expect_resident(&dev, 0, "all unmapped")
 }
 
-/// Without a hint, large mappings are placed so that huge pages fit, as tmpfs's are.
-pub fn huge_pages_find_a_place() -> Result<()> {
+/// Without an address hint, large mappings are aligned for huge pages, as with tmpfs.
+pub fn large_mappings_are_aligned() -> Result<()> {
     fs::write(SHMEM_ENABLED, "always")?;
     for fd in [device()?, ioctl_file(4 * HUGE)?] {
-        // Something small first, so that luck does not align what follows.
+        // A small mapping first, so that the large one is not aligned by luck.
         Map::shared(&fd, 1, 0)?;
         let map = Map::shared(&fd, 2 * HUGE, 0)?;
         ensure!(
@@ -601,7 +599,7 @@ pub fn huge_pages_find_a_place() -> Result<()> {
     Ok(())
 }
 
-/// A touch of one page must not make a huge one of which nobody ever unmaps the rest.
+/// Touching one page must not create a huge page, since nobody would ever unmap the rest of it.
 pub fn huge_pages_only_where_covered() -> Result<()> {
     fs::write(SHMEM_ENABLED, "always")?;
     let dev = device()?;
@@ -614,7 +612,7 @@ pub fn huge_pages_only_where_covered() -> Result<()> {
     Ok(())
 }
 
-/// What was written with write(2) and never mapped stays, though it is in one folio with what goes.
+/// Data written with write(2) and never mapped stays, even if it shares a folio with freed pages.
 pub fn huge_page_written_and_partly_mapped() -> Result<()> {
     fs::write(SHMEM_ENABLED, "always")?;
     let file = ioctl_file(HUGE)?;
@@ -639,7 +637,10 @@ pub fn charged_to_whoever_touches() -> Result<()> {
     let group = Cgroup::new("test")?;
     group.join()?;
     let before = group.shmem()?;
-    ensure!(before < 256, "{before} pages of others in a new group");
+    ensure!(
+        before < 256,
+        "{before} pages already charged to a new cgroup"
+    );
     map.part(0, 2048).fill(TAG);
     let touched = group.shmem()?;
     ensure!(
@@ -658,14 +659,14 @@ pub fn charged_to_whoever_touches() -> Result<()> {
     Ok(())
 }
 
-/// Pins `map` by registering it as a buffer of an io_uring, with `FOLL_LONGTERM`.
+/// Pins `map` with `FOLL_LONGTERM`, by registering it as an io_uring buffer.
 fn pin(map: Map) -> Result<OwnedFd> {
     let mut params = [0u32; 30];
     let iovec = libc::iovec {
         iov_base: map.addr.cast(),
         iov_len: map.pages * PAGE,
     };
-    // SAFETY: `struct io_uring_params` is 120 bytes, all zero for defaults; the descriptor is new.
+    // SAFETY: `struct io_uring_params` is 120 bytes, all zero by default; the descriptor is new.
     let ring = unsafe {
         let fd = cvt(libc::syscall(libc::SYS_io_uring_setup, 4, params.as_mut_ptr()) as i32)
             .context("io_uring_setup")?;
@@ -681,7 +682,7 @@ const IORING_UNREGISTER_BUFFERS: u32 = 1;
 fn register(ring: &OwnedFd, what: u32, buffer: Option<libc::iovec>) -> std::io::Result<()> {
     let pointer = buffer.as_ref().map_or(ptr::null(), ptr::from_ref);
     let count = i32::from(buffer.is_some());
-    // SAFETY: At most one iovec, of memory of ours.
+    // SAFETY: At most one iovec, of this process's memory.
     let ret = unsafe {
         libc::syscall(
             libc::SYS_io_uring_register,
@@ -698,7 +699,8 @@ fn unpin(ring: OwnedFd) -> Result<()> {
     register(&ring, IORING_UNREGISTER_BUFFERS, None).context("IORING_UNREGISTER_BUFFERS")
 }
 
-/// The pin keeps the memory, not the page of the file: freed for all others, given back with it.
+/// A pin keeps the memory, but not the file's page: the file has lost the page once it is unmapped,
+/// and the memory is freed with the pin.
 pub fn pinned_pages() -> Result<()> {
     let dev = device()?;
     let group = Cgroup::new("test")?;
@@ -721,8 +723,8 @@ pub fn pinned_pages() -> Result<()> {
     Ok(())
 }
 
-/// A pinned huge page cannot be split. Its parts are emptied as they are unmapped, and the memory
-/// is back with the last of them.
+/// A pinned huge page cannot be split. Its parts are zeroed as they are unmapped, and the file
+/// loses the page with the last of them.
 pub fn pinned_huge_page_partly_unmapped() -> Result<()> {
     let dev = device()?;
     let map = huge_pages(&dev, HUGE)?;
@@ -738,7 +740,7 @@ pub fn pinned_huge_page_partly_unmapped() -> Result<()> {
     Map::shared(&dev, HUGE, 0)?.check_zero()
 }
 
-/// As above, but the pin goes before the second half is unmapped.
+/// As above, but the page is unpinned before its second half is unmapped.
 pub fn huge_page_pinned_for_a_while() -> Result<()> {
     let dev = device()?;
     let map = huge_pages(&dev, HUGE)?;
@@ -750,7 +752,8 @@ pub fn huge_page_pinned_for_a_while() -> Result<()> {
     expect_resident(&dev, 0, "all unmapped")
 }
 
-/// khugepaged makes one huge page of small ones and holes. The holes have to go with the rest.
+/// A collapse makes one huge page of small pages and holes. The filled holes have to be freed with
+/// the rest.
 pub fn collapsed_pages() -> Result<()> {
     let dev = device()?;
     fs::write(SHMEM_ENABLED, "advise")?;
@@ -769,7 +772,7 @@ pub fn collapsed_pages() -> Result<()> {
 
 pub fn larger_than_dev_shm() -> Result<()> {
     let dev = device()?;
-    // SAFETY: The result is ours to write.
+    // SAFETY: The kernel writes the result.
     let size = unsafe {
         let mut stat = std::mem::zeroed::<libc::statvfs>();
         cvt(libc::statvfs(c"/dev/shm".as_ptr(), &mut stat)).context("/dev/shm")?;
@@ -777,7 +780,7 @@ pub fn larger_than_dev_shm() -> Result<()> {
     };
     ensure!(
         size < 8192,
-        "/dev/shm has {size} pages: the test run has to make it small"
+        "/dev/shm has {size} pages: the test run has to make it smaller"
     );
     let map = Map::shared(&dev, 4 * size, 0)?;
     map.fill(TAG);
@@ -785,7 +788,7 @@ pub fn larger_than_dev_shm() -> Result<()> {
     map.check(TAG)
 }
 
-/// Two opens, the same page numbers: neither sees what the other wrote, live or freed.
+/// Two opens, the same page numbers: neither sees the other's data, live or freed.
 pub fn one_open_never_sees_another() -> Result<()> {
     let (a, b) = (device()?, device()?);
     let secret = Map::shared(&a, 1024, 0)?;
@@ -794,7 +797,7 @@ pub fn one_open_never_sees_another() -> Result<()> {
     map.check_zero()?;
     map.fill(1);
     secret.check(TAG)?;
-    // What is freed here is likely to be allocated there.
+    // Pages freed by one object are likely to be allocated to the other.
     secret.unmap()?;
     Map::shared(&b, 1024, 4096)?.check_zero()?;
     map.check(1)
@@ -864,7 +867,7 @@ fn receive_fd(socket: i32) -> Result<OwnedFd> {
     unsafe {
         cvt(libc::recvmsg(socket, &mut message, 0) as i32).context("recvmsg")?;
         let header = libc::CMSG_FIRSTHDR(&message);
-        ensure!(!header.is_null(), "no descriptor came");
+        ensure!(!header.is_null(), "no descriptor received");
         Ok(OwnedFd::from_raw_fd(
             libc::CMSG_DATA(header).cast::<i32>().read_unaligned(),
         ))

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The system calls under test, and what the kernel says of memory.
+//! The system calls under test, and the kernel's memory statistics.
 
 use anyhow::{Context, Result, bail, ensure};
 use libc::{c_int, c_void};
@@ -25,7 +25,7 @@ pub struct DevanonNew {
 pub const DEVANON_CLOEXEC: u32 = 1;
 pub const DEVANON_IOC_NEW: libc::c_ulong = 0x4008_da01;
 
-/// Why a test cannot be run on this kernel or machine. That is no failure, and no pass either.
+/// Why a test cannot run on this kernel or machine. A skip is neither a failure nor a pass.
 #[derive(Debug)]
 pub struct Skip(pub String);
 
@@ -37,12 +37,12 @@ impl std::fmt::Display for Skip {
 
 impl std::error::Error for Skip {}
 
-/// Ends a test that cannot be run here: `return skip("no such thing in this kernel")`.
+/// Ends a test that cannot run here: `return skip("no such thing in this kernel")`.
 pub fn skip<T>(why: &str) -> Result<T> {
     Err(Skip(why.to_owned()).into())
 }
 
-/// Adds to what the summary says of this run: `operations`, `pages` or `faults` (injected).
+/// Adds to one of the totals in the run's summary: `operations`, `pages` or `faults` (injected).
 pub fn count(what: &str, number: u64) {
     println!("count: {what} {number}");
 }
@@ -59,11 +59,14 @@ pub fn cvt(ret: c_int) -> io::Result<c_int> {
 pub fn expect_errno<T>(what: &str, result: io::Result<T>, errno: c_int) -> Result<()> {
     match result {
         Ok(_) => bail!(
-            "{what} succeeded, not {}",
+            "{what} succeeded, expected {}",
             io::Error::from_raw_os_error(errno)
         ),
         Err(err) if err.raw_os_error() == Some(errno) => Ok(()),
-        Err(err) => bail!("{what}: {err}, not {}", io::Error::from_raw_os_error(errno)),
+        Err(err) => bail!(
+            "{what}: {err}, expected {}",
+            io::Error::from_raw_os_error(errno)
+        ),
     }
 }
 
@@ -95,7 +98,7 @@ pub fn ioctl_new(fd: &OwnedFd, flags: u32, reserved: u32) -> io::Result<OwnedFd>
     }
 }
 
-/// A file of the ioctl, of `pages` pages.
+/// A file from the ioctl, `pages` pages long.
 pub fn ioctl_file(pages: usize) -> Result<OwnedFd> {
     let file = ioctl_new(&device()?, DEVANON_CLOEXEC, 0).context("DEVANON_IOC_NEW")?;
     truncate(&file, pages * PAGE)?;
@@ -119,7 +122,7 @@ pub fn truncate(fd: &OwnedFd, size: usize) -> io::Result<()> {
     cvt(unsafe { libc::ftruncate(fd.as_raw_fd(), size as i64) }).map(drop)
 }
 
-/// Pages of address space. Plain numbers: unmapping is a test's business, or its process's end.
+/// Pages of address space. Dropping it unmaps nothing: the test unmaps, or its process exits.
 #[derive(Clone, Copy)]
 pub struct Map {
     pub addr: *mut u8,
@@ -135,7 +138,7 @@ impl Map {
         fd: RawFd,
         page: usize,
     ) -> io::Result<Self> {
-        // SAFETY: MAP_FIXED is used only over what the test mapped itself.
+        // SAFETY: MAP_FIXED is used only over the test's own mappings.
         let addr = unsafe {
             libc::mmap(
                 addr.cast(),
@@ -155,7 +158,7 @@ impl Map {
         })
     }
 
-    /// `pages` pages of `fd` from its page `page` on, shared, readable and writable.
+    /// Maps `pages` pages of `fd`, starting at page `page`, shared, readable and writable.
     pub fn shared(fd: &OwnedFd, pages: usize, page: usize) -> Result<Self> {
         Self::new(
             ptr::null_mut(),
@@ -180,13 +183,13 @@ impl Map {
         .context("mmap, private")
     }
 
-    /// Address space without access, to place mappings in.
+    /// Reserves inaccessible address space, to place mappings in.
     pub fn reserve(pages: usize) -> Result<Self> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         Self::new(ptr::null_mut(), pages, libc::PROT_NONE, flags, -1, 0).context("mmap, reserve")
     }
 
-    /// Maps `fd` over this range.
+    /// Maps `fd`, starting at page `page`, over this range.
     pub fn cover(self, fd: &OwnedFd, page: usize) -> Result<Self> {
         let flags = libc::MAP_SHARED | libc::MAP_FIXED;
         Self::new(self.addr, self.pages, RW, flags, fd.as_raw_fd(), page).context("mmap, fixed")
@@ -198,7 +201,7 @@ impl Map {
         Self::new(self.addr, self.pages, RW, flags, -1, 0).context("mmap, anonymous")
     }
 
-    /// `pages` of its pages from `first` on.
+    /// The `pages` pages of this range that start at page `first`.
     pub fn part(self, first: usize, pages: usize) -> Self {
         assert!(first + pages <= self.pages);
         Self {
@@ -208,13 +211,13 @@ impl Map {
     }
 
     pub fn unmap(self) -> Result<()> {
-        // SAFETY: The test mapped it, and does not use it after this.
+        // SAFETY: The test's own mapping, which it does not use afterwards.
         cvt(unsafe { libc::munmap(self.addr.cast(), self.pages * PAGE) }).context("munmap")?;
         Ok(())
     }
 
     pub fn remap(self, pages: usize, flags: c_int, to: *mut u8) -> io::Result<Self> {
-        // SAFETY: The test's own mapping, and its own place to put it.
+        // SAFETY: The test's own mapping and its own destination.
         let addr = unsafe {
             libc::mremap(
                 self.addr.cast(),
@@ -234,7 +237,7 @@ impl Map {
     }
 
     pub fn advise(self, advice: c_int) -> io::Result<()> {
-        // SAFETY: The test's own mapping; it says itself what becomes of the content.
+        // SAFETY: The test's own mapping; the test expects what the advice does to its content.
         cvt(unsafe { libc::madvise(self.addr.cast(), self.pages * PAGE, advice) }).map(drop)
     }
 
@@ -264,20 +267,20 @@ impl Map {
         unsafe { self.word(page, 0).read_volatile() }
     }
 
-    /// Writes `tag` plus its number into every page.
+    /// Writes `tag` plus the page's number into every page.
     pub fn fill(self, tag: u64) {
         for page in 0..self.pages {
             self.write(page, tag + page as u64);
         }
     }
 
-    /// Fails unless every page holds what [`Map::fill`] put there.
+    /// Fails unless every page holds what [`Map::fill`] wrote.
     pub fn check(self, tag: u64) -> Result<()> {
         for page in 0..self.pages {
             let found = self.read(page);
             ensure!(
                 found == tag + page as u64,
-                "page {page}: {found:#x}, not {:#x}",
+                "page {page}: found {found:#x}, expected {:#x}",
                 tag + page as u64
             );
         }
@@ -290,14 +293,17 @@ impl Map {
             for word in 0..PAGE / 8 {
                 // SAFETY: Inside the mapping, and aligned.
                 let found = unsafe { self.word(page, word).read_volatile() };
-                ensure!(found == 0, "page {page}, word {word}: {found:#x}, not 0");
+                ensure!(
+                    found == 0,
+                    "page {page}, word {word}: found {found:#x}, expected 0"
+                );
             }
         }
         Ok(())
     }
 }
 
-/// What `/proc/self/fdinfo/N` says of a file of the driver.
+/// The driver's fields in `/proc/self/fdinfo/N`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Info {
     pub size: u64,
@@ -329,12 +335,12 @@ pub fn parse_info(text: &str) -> Result<Info> {
     })
 }
 
-/// Fails unless `fd` has `resident` pages in memory, none in swap.
+/// Fails unless `fd` has `resident` pages in memory and none in swap.
 pub fn expect_resident(fd: &OwnedFd, resident: usize, when: &str) -> Result<()> {
     let info = info(fd)?;
     ensure!(
         (info.resident, info.swapped) == (resident, 0),
-        "{when}: {} pages resident and {} swapped, not {resident} and 0",
+        "{when}: {} pages resident and {} swapped, expected {resident} and 0",
         info.resident,
         info.swapped
     );
@@ -343,7 +349,7 @@ pub fn expect_resident(fd: &OwnedFd, resident: usize, when: &str) -> Result<()> 
 
 /// A line of `/proc/meminfo`, in pages.
 pub fn meminfo(name: &str) -> Result<usize> {
-    // Adds the counters of each CPU to the totals, which lag behind otherwise.
+    // Folds the per-CPU counters into the totals, which otherwise lag behind.
     fs::write("/proc/sys/vm/stat_refresh", "1").context("stat_refresh")?;
     let text = fs::read_to_string("/proc/meminfo")?;
     let line = text
@@ -354,7 +360,7 @@ pub fn meminfo(name: &str) -> Result<usize> {
     Ok(kib * 1024 / PAGE)
 }
 
-/// A file of `/proc` or `/sys` that is put back to what it was when this is dropped.
+/// A file in `/proc` or `/sys`, restored to its previous value on drop.
 pub struct Setting {
     path: PathBuf,
     before: String,
@@ -365,11 +371,11 @@ impl Setting {
         let (path, value) = (path.into(), value.to_string());
         let what = || format!("{value} > {}", path.display());
         let text = fs::read_to_string(&path).with_context(what)?;
-        // Of `always [madvise] never`, the word that is chosen.
-        let chosen = text
+        // In `always [madvise] never`, the selected word.
+        let selected = text
             .split_once('[')
             .and_then(|(_, rest)| rest.split_once(']'));
-        let before = chosen.map_or(text.trim(), |(word, _)| word).to_owned();
+        let before = selected.map_or(text.trim(), |(word, _)| word).to_owned();
         fs::write(&path, &value).with_context(what)?;
         Ok(Self { path, before })
     }
@@ -381,7 +387,7 @@ impl Drop for Setting {
     }
 }
 
-/// A control group, ended with all that is in it when dropped.
+/// A cgroup. On drop, its processes are killed and it is removed.
 pub struct Cgroup(PathBuf);
 
 impl Cgroup {
@@ -392,7 +398,7 @@ impl Cgroup {
         Ok(Self(dir))
     }
 
-    /// Takes this process in.
+    /// Moves this process into the cgroup.
     pub fn join(&self) -> Result<()> {
         self.set("cgroup.procs", 0)
     }
@@ -401,7 +407,7 @@ impl Cgroup {
         fs::write(self.0.join(file), value.to_string()).with_context(|| file.to_owned())
     }
 
-    /// Line `name` of `file`, in which every line is a name and a number.
+    /// The value of `name` in `file`, whose lines are a name and a number each.
     fn line(&self, file: &str, name: &str) -> Result<usize> {
         let text = fs::read_to_string(self.0.join(file))?;
         let line = text
@@ -411,7 +417,7 @@ impl Cgroup {
         Ok(line.trim().parse()?)
     }
 
-    /// How often something happened, by the name it has in `memory.events`.
+    /// The count of event `name` in `memory.events`.
     pub fn events(&self, name: &str) -> Result<usize> {
         self.line("memory.events", name)
     }
@@ -421,7 +427,7 @@ impl Cgroup {
         Ok(self.line("memory.stat", "shmem")? / PAGE)
     }
 
-    /// Pages charged in all, in memory (`memory.current`) or in swap (`memory.swap.current`).
+    /// All pages charged, in memory (`memory.current`) or in swap (`memory.swap.current`).
     pub fn charged(&self, file: &str) -> Result<usize> {
         let text = fs::read_to_string(self.0.join(file))?;
         Ok(text.trim().parse::<usize>()? / PAGE)
@@ -432,7 +438,7 @@ impl Drop for Cgroup {
     fn drop(&mut self) {
         let _ = fs::write("/sys/fs/cgroup/cgroup.procs", "0");
         let _ = self.set("cgroup.kill", 1);
-        // It is busy until the last of them is gone.
+        // The directory stays busy until the last process is gone.
         for _ in 0..1000 {
             if fs::remove_dir(&self.0).is_ok() {
                 break;
@@ -447,7 +453,7 @@ pub fn vma_count() -> Result<usize> {
     Ok(fs::read_to_string("/proc/self/maps")?.lines().count())
 }
 
-/// A process to do things together with, step by step.
+/// Another process, synchronized with this one step by step.
 pub struct Peer {
     pub pid: c_int,
     stream: UnixStream,
@@ -460,7 +466,7 @@ impl Peer {
         self.stream.read_exact(&mut [0]).context("peer is gone")
     }
 
-    /// Waits for its end; fails unless it ended well.
+    /// Waits for the process to exit; fails unless its status is 0.
     pub fn join(self) -> Result<()> {
         let status = wait(self.pid)?;
         ensure!(
@@ -480,7 +486,7 @@ impl Peer {
 
 pub fn wait(pid: c_int) -> Result<c_int> {
     let mut status = 0;
-    // SAFETY: The status is ours to write.
+    // SAFETY: The kernel writes the status.
     cvt(unsafe { libc::waitpid(pid, &mut status, 0) }).context("waitpid")?;
     Ok(status)
 }
@@ -488,7 +494,7 @@ pub fn wait(pid: c_int) -> Result<c_int> {
 /// Runs `body` in a child process.
 pub fn fork(body: impl FnOnce(&mut Peer) -> Result<()>) -> Result<Peer> {
     let (ours, theirs) = UnixStream::pair()?;
-    // SAFETY: Tests are single-threaded, so the child may do as it likes.
+    // SAFETY: Tests are single-threaded when they fork, so the child may call anything.
     let pid = cvt(unsafe { libc::fork() }).context("fork")?;
     if pid != 0 {
         return Ok(Peer { pid, stream: ours });
@@ -527,7 +533,7 @@ pub fn unload(name: &str) -> io::Result<()> {
     cvt(ret as c_int).map(drop)
 }
 
-/// Skips the test if the driver is built in, so that there is no module to load and unload.
+/// Skips the test if the driver is built in: there is no module to load and unload.
 pub fn need_module() -> Result<()> {
     if fs::exists(REFCNT)? {
         Ok(())
@@ -538,7 +544,7 @@ pub fn need_module() -> Result<()> {
 
 const REFCNT: &str = "/sys/module/devanon/refcnt";
 
-/// References to the module; none if the driver is built in.
+/// The module's reference count; 0 if the driver is built in.
 pub fn module_refs() -> Result<usize> {
     if need_module().is_err() {
         return Ok(0);

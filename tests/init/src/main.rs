@@ -2,28 +2,28 @@
 
 //! PID 1 of the test VM.
 //!
-//! The kernel starts it with what follows `--` on its command line: the words of one command, each
-//! percent-encoded (the kernel's own quoting is lossy), or the single word `--shell`. It mounts
+//! The kernel passes it the words after `--` on the kernel command line: one command, each word
+//! percent-encoded (the kernel's own quoting is lossy), or the single word `--shell`. PID 1 mounts
 //! what a test needs, runs the command with its standard output on the virtio port
 //! `org.devanon.verdict` and its standard error on the console, and powers the machine off.
 //!
-//! The lines it writes on the port itself:
+//! PID 1 itself writes these lines to the port:
 //!
 //! ```text
 //! devanon-init: started
 //! …the command's own output…
-//! devanon-init: status 0           exit status, 128 + number of the signal, 126/127 not started
-//! devanon-init: leaks 0            what kmemleak found after the command; only if there is one
+//! devanon-init: status 0           exit status, 128 + signal number, 126/127 if not started
+//! devanon-init: leaks 0            leaks kmemleak found after the command; only if it is enabled
 //! devanon-init: taint 0 3000       /proc/sys/kernel/tainted before and after, hexadecimal
 //! ```
 //!
-//! or `devanon-init: error TEXT` if it could not even try, or a detector gave up on the way. Data on
-//! a virtio port is lost if the machine powers off too early, so after the last line it waits for
+//! or `devanon-init: error TEXT` if it could not run the command, or if a detector gave up. Data on a
+//! virtio port is lost if the machine powers off too early, so after the last line PID 1 waits for
 //! one byte from the host.
 //!
-//! kmemleak's report goes to the console. KCSAN is turned on for the command if it is not on already.
+//! kmemleak's report goes to the console. KCSAN is turned on for the command if it was off.
 //!
-//! Nothing here has a time limit: a command that hangs is the runner's business.
+//! The command has no time limit here: the runner handles a command that hangs.
 
 use std::ffi::OsString;
 use std::fs;
@@ -54,20 +54,20 @@ use rustix::process::WaitOptions;
 use rustix::system::RebootCommand;
 use rustix::system::reboot;
 
-/// The name the runner gives its port.
+/// The name the runner gives to the port.
 const PORT: &str = "org.devanon.verdict";
 
-/// How long the port may take to appear: its driver announces it from a work queue.
+/// Time limit for the port to appear: its driver announces it from a work queue.
 const PORT_LIMIT: Duration = Duration::from_secs(10);
 
-/// How long the host may take to say that it has read everything.
+/// Time limit for the host to confirm that it has read everything.
 const HOST_LIMIT: Timespec = Timespec {
     tv_sec: 30,
     tv_nsec: 0,
 };
 
-/// Type, place and options of each mount. /tmp and /dev/shm are small on purpose: a guest's memory
-/// on /dev/anon must not depend on them.
+/// Type, mount point and options of each mount. /tmp and /dev/shm are small on purpose: a guest's
+/// memory on /dev/anon must not depend on them.
 const MOUNTS: [(&str, &str, &str); 8] = [
     ("proc", "/proc", ""),
     ("sysfs", "/sys", ""),
@@ -81,33 +81,33 @@ const MOUNTS: [(&str, &str, &str); 8] = [
 
 const KCSAN: &str = "/sys/kernel/debug/kcsan";
 
-/// Functions of the kernel whose own races KCSAN is not to report. Any tmpfs goes the same way.
+/// Kernel functions whose known races KCSAN must not report. They occur with any tmpfs.
 const KCSAN_KNOWN: [&str; 1] = [
-    // Reads mapping->nrpages with READ_ONCE(); who changes it holds the lock but does not mark it.
+    // Reads mapping->nrpages with READ_ONCE(); writers hold the lock, but use plain stores.
     "shmem_recalc_inode",
 ];
 const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
-/// kmemleak reports nothing that is younger than five seconds. Hundredths of a second, as times(2)
-/// counts them.
+/// kmemleak reports no object younger than five seconds. In hundredths of a second, the unit of
+/// times(2).
 const LEAK_AGE: i64 = 600;
 
-/// How much of kmemleak's report is shown.
+/// Number of lines of kmemleak's report to show.
 const REPORT_LINES: usize = 400;
 
 fn main() {
     if std::process::id() != 1 {
-        eprintln!("devanon-init: this is PID 1 of the test VM and is of no use anywhere else");
+        eprintln!("devanon-init: only runs as PID 1 of the test VM");
         std::process::exit(2);
     }
 
-    // PID 1 must not end, so a panic here is only one more way to come to the machine's end.
+    // PID 1 must not exit, so after a panic it powers the machine off as well.
     if panic::catch_unwind(run).is_err() {
         eprintln!("devanon-init: panicked");
     }
     rustix::fs::sync();
-    // Without ACPI there is no power switch. QEMU's -no-reboot makes it one.
+    // Without ACPI the machine cannot power off, but with QEMU's -no-reboot a restart ends it.
     if let Err(error) = reboot(RebootCommand::Restart) {
-        eprintln!("devanon-init: cannot end: {error}");
+        eprintln!("devanon-init: cannot restart: {error}");
     }
     loop {
         thread::park();
@@ -132,20 +132,20 @@ fn run() {
             return;
         }
     };
-    say(&mut port, "devanon-init: started");
+    report(&mut port, "devanon-init: started");
     match mounted.and_then(|()| command(&words, &port)) {
         // The command may have left its last line unfinished.
-        Ok(verdict) => say(&mut port, &format!("\n{verdict}")),
-        Err(error) => say(&mut port, &format!("\ndevanon-init: error {error}")),
+        Ok(verdict) => report(&mut port, &format!("\n{verdict}")),
+        Err(error) => report(&mut port, &format!("\ndevanon-init: error {error}")),
     }
 
     let mut wait = [PollFd::new(&port, PollFlags::IN)];
     if !matches!(poll(&mut wait, Some(&HOST_LIMIT)), Ok(1)) {
-        eprintln!("devanon-init: the host did not say that it read the verdict");
+        eprintln!("devanon-init: the host did not confirm that it read the verdict");
     }
 }
 
-/// Undoes the runner's percent-encoding. A `%` with no number stands for nothing: an empty word.
+/// Undoes the runner's percent-encoding. A `%` without a number is dropped: it encodes an empty word.
 fn decode(word: OsString) -> OsString {
     let word = word.into_vec();
     let mut plain = Vec::with_capacity(word.len());
@@ -203,26 +203,26 @@ fn find_port() -> io::Result<File> {
     Err(io::Error::other(format!("{PORT} not found")))
 }
 
-fn say(port: &mut File, line: &str) {
-    // There is nobody else to tell, but the console is always kept.
+fn report(port: &mut File, line: &str) {
+    // The console is the only other place for the error, and is always kept.
     if let Err(error) = writeln!(port, "{line}") {
         eprintln!("devanon-init: cannot write to the verdict port: {error}: {line}");
     }
 }
 
-/// Runs the command to its end and puts the verdict into words.
+/// Runs the command, and returns the verdict's lines.
 fn command(words: &[OsString], port: &File) -> Result<String, String> {
     let (program, args) = words.split_first().ok_or("no command was given")?;
     let stdout = port.try_clone().map_err(|error| error.to_string())?;
-    // Only what the command leaks counts, and nobody else is to look for it.
     let kcsan = Path::new(KCSAN);
     if kcsan.exists() {
-        let orders = KCSAN_KNOWN.iter().map(|function| format!("!{function}"));
-        for order in orders.chain(["on".to_owned()]) {
-            fs::write(kcsan, &order).map_err(|error| format!("{KCSAN}: {order}: {error}"))?;
+        let commands = KCSAN_KNOWN.iter().map(|function| format!("!{function}"));
+        for command in commands.chain(["on".to_owned()]) {
+            fs::write(kcsan, &command).map_err(|error| format!("{KCSAN}: {command}: {error}"))?;
         }
     }
-    let kmemleak_there = kmemleak("scan=off")? && kmemleak("clear")?;
+    // Only leaks of the command count, and no automatic scan may look for them first.
+    let has_kmemleak = kmemleak("scan=off")? && kmemleak("clear")?;
     let before = taint()?;
     let status = match environment(Command::new(program))
         .args(args)
@@ -242,13 +242,13 @@ fn command(words: &[OsString], port: &File) -> Result<String, String> {
             }
         }
     };
-    end_all();
-    let leaks = if kmemleak_there {
+    kill_all();
+    let leaks = if has_kmemleak {
         leaks()
     } else {
         Ok(String::new())
     };
-    let (leaks, ()) = match (leaks, lockdep_works()) {
+    let (leaks, ()) = match (leaks, check_lockdep()) {
         (Err(one), Err(other)) => return Err(format!("{one}; {other}")),
         (leaks, lockdep) => (leaks?, lockdep?),
     };
@@ -258,7 +258,7 @@ fn command(words: &[OsString], port: &File) -> Result<String, String> {
     ))
 }
 
-/// Gives kmemleak an order. False if the kernel has none; an error if it gave up.
+/// Gives kmemleak a command. Returns false if the kernel has no kmemleak, an error if it is off.
 fn kmemleak(order: &str) -> Result<bool, String> {
     if !Path::new(KMEMLEAK).exists() {
         return Ok(false);
@@ -267,14 +267,14 @@ fn kmemleak(order: &str) -> Result<bool, String> {
     Ok(true)
 }
 
-/// Has kmemleak look for leaks, shows them on the console, and puts their number into words.
+/// Makes kmemleak look for leaks, shows them on the console, and returns the verdict's line.
 fn leaks() -> Result<String, String> {
-    // kmemleak's seconds are of ticks, and an emulated machine misses some.
+    // kmemleak measures age in ticks, and an emulated machine misses some.
     let start = ticks();
     while ticks() - start < LEAK_AGE {
         thread::sleep(Duration::from_millis(100));
     }
-    // What has changed since the last scan is never reported: the first one sees everything new.
+    // kmemleak does not report objects that changed since the last scan, so it takes two scans.
     kmemleak("scan")?;
     kmemleak("scan")?;
     let report = fs::read_to_string(KMEMLEAK).map_err(|error| format!("{KMEMLEAK}: {error}"))?;
@@ -288,12 +288,12 @@ fn leaks() -> Result<String, String> {
 }
 
 fn ticks() -> i64 {
-    // SAFETY: Nothing is written through a null pointer.
+    // SAFETY: With a null pointer, times(2) writes nothing.
     unsafe { libc::times(ptr::null_mut()) }
 }
 
-/// Fails if the lock validator turned itself off: its tables are full, say.
-fn lockdep_works() -> Result<(), String> {
+/// Fails if lockdep turned itself off, for example because its tables are full.
+fn check_lockdep() -> Result<(), String> {
     let off = |line: &str| line.trim_start().starts_with("debug_locks:") && line.ends_with(" 0");
     match fs::read_to_string("/proc/lockdep_stats") {
         Ok(stats) if stats.lines().any(off) => Err("lockdep is off".into()),
@@ -310,7 +310,7 @@ fn environment(mut command: Command) -> Command {
     command
 }
 
-/// Waits for `child`, reaping every orphan that ends before it.
+/// Waits for `child`, and reaps every orphan that exits before it.
 fn reap_until(child: Pid) -> Result<i32, String> {
     loop {
         match rustix::process::wait(WaitOptions::empty()) {
@@ -325,9 +325,9 @@ fn reap_until(child: Pid) -> Result<i32, String> {
     }
 }
 
-/// Ends whatever the command left running, so that its end, too, is within the test.
-fn end_all() {
-    // Group 1 is kill(2)'s word for every process but this one; it fails only if there is none.
+/// Kills all processes the command left running, so that their exit is part of the test as well.
+fn kill_all() {
+    // Group 1 means kill(-1), every process but this one; it fails only if there is none.
     let _ = rustix::process::kill_process_group(Pid::INIT, Signal::KILL);
     while rustix::process::wait(WaitOptions::empty()).is_ok() {}
 }
@@ -340,18 +340,18 @@ fn taint() -> Result<u64, String> {
         .map_err(|error| format!("{PATH}: {error}"))
 }
 
-/// Loads the module and gives the console to a shell.
+/// Loads the module, and runs a shell on the console.
 fn shell() -> Result<(), String> {
     const MODULE: &str = "/lib/devanon/devanon.ko";
     let loaded = File::open(MODULE)
         .and_then(|module| rustix::system::finit_module(&module, c"", 0).map_err(io::Error::from));
     match loaded {
-        Ok(()) => eprintln!("devanon-init: /dev/anon is there; leave the shell to power off"),
+        Ok(()) => eprintln!("devanon-init: /dev/anon is ready; leave the shell to power off"),
         Err(error) => eprintln!("devanon-init: cannot load {MODULE}: {error}"),
     }
 
     let text = |error: io::Error| format!("cannot start the shell: {error}");
-    // A session of its own with the console as its terminal: job control and ctrl-C work.
+    // Its own session, with the console as controlling terminal, so that job control and ^C work.
     let child = environment(Command::new("setsid"))
         .args(["-c", "sh", "-l"])
         .stdin(File::open("/dev/ttyS0").map_err(text)?)

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Random system calls of several unprivileged processes at once, on whatever they have.
+//! Random system calls by several unprivileged processes at once, on everything they can reach.
 //!
-//! What a call returns does not matter. What must not happen: that a process is killed by anything
-//! but its own access, that something is not given back in the end, or that anyone sees a page of
-//! another user. For that, all these processes ever write is one byte, and zeros, so anything else
-//! they find is somebody else's. A witness, of another user, has memory of the same driver, full
-//! of another word, which it maps, unmaps and verifies all the time.
+//! The calls' results do not matter, but three things must not happen: a process is killed by
+//! anything but its own access; something is not freed in the end; anyone sees another user's page.
+//! To detect the last, these processes write only zeros and one other byte, so any other data they
+//! find is foreign. A witness process of another user has memory of the same driver, filled with a
+//! different word, which it constantly maps, unmaps and verifies.
 
 use super::{HOSTILE, OTHER, Ring, become_user, pipe};
 use crate::sys::*;
@@ -19,19 +19,19 @@ use std::{fs, ptr};
 
 /// Pages of a huge page.
 const HUGE: usize = 512;
-/// Pages that calls are about: two huge ones.
+/// Pages that calls operate on: two huge pages' worth.
 const ARENA: usize = 2 * HUGE;
-/// Where they are: far below all that the kernel itself finds a place for. So nothing else gets
-/// into holes of it, and nothing is near that a call could hit by going too far.
+/// The arena's address: far below any address the kernel chooses itself. So nothing else is mapped
+/// into its holes, and a call that goes too far hits nothing.
 const PLACE: usize = 0x20_0000_0000;
-/// The only byte that is written, and a word of it.
+/// The only non-zero byte these processes write, and a word of it.
 const OWN: u8 = 0xa5;
 const OWN_WORD: u64 = u64::from_ne_bytes([OWN; 8]);
-/// What the witness writes, and how many pages of it.
+/// The word that the witness writes, and its number of pages.
 const SECRET: u64 = 0x5ec2_e7ed_5ec2_e7ed;
 const SECRET_PAGES: usize = 128;
 
-/// Processes that are kept running. They fork, up to a limit.
+/// Number of processes kept running. They fork, up to a limit.
 const PROCESSES: i64 = 4;
 const LIMITS: [(libc::__rlimit_resource_t, u64); 6] = [
     (libc::RLIMIT_NPROC, 12),
@@ -41,28 +41,28 @@ const LIMITS: [(libc::__rlimit_resource_t, u64); 6] = [
     (libc::RLIMIT_NOFILE, 64),
     (libc::RLIMIT_CORE, 0),
 ];
-/// Descriptors a process keeps for calls.
+/// Number of descriptors a process keeps for calls.
 const FDS: usize = 24;
 
-/// What the processes share.
+/// State shared by the processes.
 struct Shared {
     calls: AtomicU64,
-    /// Processes so far, which gives each a number of its own.
+    /// Number of processes so far, which numbers each of them.
     processes: AtomicU64,
-    /// Processes there are, by and large.
+    /// Approximate number of live processes.
     alive: AtomicI64,
     pids: [AtomicI32; 16],
     witness: AtomicI32,
-    witnessed: AtomicBool,
+    stop_witness: AtomicBool,
 }
 
-/// What comes of a call that succeeds.
+/// The result of a successful call.
 enum Gives {
     Nothing,
     Descriptor,
     /// That many bytes of memory.
     Memory(u64),
-    /// Nothing but errors.
+    /// The call must not succeed.
     Errors,
 }
 
@@ -73,22 +73,22 @@ struct Process<'a> {
     rng: fastrand::Rng,
     shared: &'a Shared,
     arena: Map,
-    /// Where the witness has its memory.
+    /// The witness's memory.
     secret: Map,
     fds: Vec<OwnedFd>,
     /// Mappings outside the arena.
     elsewhere: VecDeque<Map>,
-    /// For arguments of calls in its first page, and for what they return in the others.
+    /// Arguments of calls in the first page, and their output in the others.
     scratch: Map,
     ring: Option<Ring>,
-    /// The last buffer registered with it.
+    /// The last buffer registered with `ring`.
     pinned: [u64; 2],
     userfaultfd: Option<i32>,
     pidfd: Option<OwnedFd>,
     history: VecDeque<(Call, i64)>,
 }
 
-/// Addresses nobody has.
+/// Invalid addresses.
 const BAD: [u64; 8] = [
     0,
     1,
@@ -99,11 +99,11 @@ const BAD: [u64; 8] = [
     0xffff_ffff_ff60_0000,
     u64::MAX - 0xfff,
 ];
-/// A length that wraps around, whatever it starts from but 0.
+/// A length that wraps around from any address but 0.
 const WRAPS: u64 = u64::MAX - 0xfff;
 
 const AT_EMPTY_PATH: u64 = libc::AT_EMPTY_PATH as u64;
-/// The ioctls of userfaultfd(2) about memory, and how many words their arguments have.
+/// The memory ioctls of userfaultfd(2), and the number of argument words set for each.
 const UFFDIO: [(u64, usize); 8] = [
     (0xc020_aa00, 3), // REGISTER
     (0x8010_aa01, 2), // UNREGISTER
@@ -116,18 +116,18 @@ const UFFDIO: [(u64, usize); 8] = [
 ];
 
 impl Process<'_> {
-    fn one<T: Copy>(&mut self, of: &[T]) -> T {
+    fn pick<T: Copy>(&mut self, of: &[T]) -> T {
         of[self.rng.usize(..of.len())]
     }
 
-    /// Each of `of` with a probability of 1/4.
-    fn some(&mut self, of: &[i32]) -> u64 {
+    /// The union of the bits in `of`, each with a probability of 1/4.
+    fn some_bits(&mut self, of: &[i32]) -> u64 {
         of.iter()
             .filter(|_| self.rng.u8(..4) == 0)
             .fold(0, |all, bit| all | *bit as u64)
     }
 
-    /// A page of the arena, or of a file. As a rule one of the first, so that calls meet.
+    /// A page of the arena or of a file. Usually one of the first 48, so that calls collide.
     fn page(&mut self) -> usize {
         match self.rng.u8(..4) {
             0 => self.rng.usize(..ARENA),
@@ -146,12 +146,12 @@ impl Process<'_> {
         self.arena.part(page, pages)
     }
 
-    /// An address and a length: in the arena if it is anywhere.
+    /// An address and a length, inside the arena unless deliberately invalid.
     fn range(&mut self) -> [u64; 2] {
         let part = self.part();
         let (addr, len) = (part.addr as u64, (part.pages * PAGE) as u64);
         match self.rng.u8(..80) {
-            0 => [self.one(&BAD), PAGE as u64],
+            0 => [self.pick(&BAD), PAGE as u64],
             1 => [addr, WRAPS],
             2 => [addr + self.rng.u64(1..PAGE as u64), len],
             3 => [addr, self.rng.u64(..len)],
@@ -160,7 +160,7 @@ impl Process<'_> {
         }
     }
 
-    /// As above, for data. Beyond the arena there is nothing, so any length will do.
+    /// As above, for data. Nothing is mapped beyond the arena, so any length is safe.
     fn data(&mut self) -> [u64; 2] {
         let [addr, len] = self.range();
         match self.rng.u8(..32) {
@@ -186,16 +186,16 @@ impl Process<'_> {
             0 => u64::MAX,
             1 => libc::AT_FDCWD as u64,
             _ if self.fds.is_empty() => u64::MAX,
-            // Those it started with are the ones with memory.
+            // The initial descriptors, which are those of memory.
             2..20 => self.fds[self.rng.usize(..self.fds.len().min(4))].as_raw_fd() as u64,
             _ => self.fds[self.rng.usize(..self.fds.len())].as_raw_fd() as u64,
         }
     }
 
-    /// Puts words where a call finds them: their address.
+    /// Stores words as arguments for a call, and returns their address.
     fn words(&mut self, at: usize, words: &[u64]) -> u64 {
         for (index, word) in words.iter().enumerate() {
-            // SAFETY: In the first page of what is for this only.
+            // SAFETY: In the first scratch page, which is only used for arguments.
             unsafe { self.scratch.word(0, at + index).write_volatile(*word) };
         }
         self.scratch.word(0, at) as u64
@@ -209,26 +209,26 @@ impl Process<'_> {
         self.words(0, &words)
     }
 
-    /// Where calls may put what they have to say.
+    /// Address for the output of calls.
     fn out(&self) -> u64 {
         self.scratch.word(1, 0) as u64
     }
 
-    /// Up to four vectors.
+    /// The address and number of up to four vectors.
     fn vectors(&mut self, at: usize) -> [u64; 2] {
         let number = self.rng.usize(1..=4);
         let vectors: Vec<_> = (0..number).flat_map(|_| self.data()).collect();
         [self.words(at, &vectors), number as u64]
     }
 
-    /// One of these processes: one of the latest, which are likely to be there.
+    /// The pid of one of the latest of these processes, which is likely to be alive.
     fn peer(&mut self) -> u64 {
         let next = self.shared.processes.load(Relaxed) as usize;
         let number = next - self.rng.usize(1..=next.min(6));
         self.shared.pids[number % self.shared.pids.len()].load(Relaxed) as u64
     }
 
-    /// One of these processes, or the witness.
+    /// The pid of one of these processes, or of the witness.
     fn pid(&mut self) -> u64 {
         match self.rng.u8(..4) {
             0 => self.shared.witness.load(Relaxed) as u64,
@@ -236,8 +236,8 @@ impl Process<'_> {
         }
     }
 
-    /// What a call about process `pid` gives if it succeeds.
-    fn about(&self, pid: u64, gives: Gives) -> Gives {
+    /// `gives`, unless process `pid` is the witness: then the call must not succeed.
+    fn unless_witness(&self, pid: u64, gives: Gives) -> Gives {
         if pid == self.shared.witness.load(Relaxed) as u64 {
             Gives::Errors
         } else {
@@ -250,8 +250,8 @@ impl Process<'_> {
         if self.history.len() == 16 {
             self.history.pop_front();
         }
-        // SAFETY: Drawn so that only memory in the arena, of mappings that are known, or of the
-        // scratch pages is ever changed.
+        // SAFETY: Calls are drawn so that they only change memory in the arena, in known mappings,
+        // or in the scratch pages.
         let ret = unsafe { libc::syscall(number, a, b, c, d, e, f) };
         let ret = match cvt(if ret < 0 { -1 } else { 0 }) {
             Ok(_) => ret,
@@ -261,9 +261,9 @@ impl Process<'_> {
         ret
     }
 
-    /// Fails if `[addr, addr + len)`, as far as it can be read, holds what none of these processes
+    /// Fails if the readable part of `[addr, addr + len)` holds data that none of these processes
     /// wrote.
-    fn look(&mut self, addr: u64, len: usize) -> Result<()> {
+    fn check_data(&mut self, addr: u64, len: usize) -> Result<()> {
         let room = (self.scratch.pages - 1) * PAGE;
         let (mut addr, mut left) = (addr, len);
         while left > 0 {
@@ -275,7 +275,7 @@ impl Process<'_> {
                 iov_base: addr as *mut _,
                 ..ours
             };
-            // Not as this process would: what cannot be read ends it, and no more.
+            // Not by plain loads: unreadable memory must only end the loop, not the process.
             // SAFETY: The scratch pages have room for that much.
             let got = unsafe {
                 libc::process_vm_readv(std::process::id() as i32, &ours, 1, &theirs, 1, 0)
@@ -283,10 +283,10 @@ impl Process<'_> {
             if got <= 0 {
                 break;
             }
-            // SAFETY: So much was just written there, and nobody writes any more.
+            // SAFETY: That many bytes were just written there, and nobody writes any more.
             let bytes =
                 unsafe { std::slice::from_raw_parts(self.out() as *const u8, got as usize) };
-            // As a rule it is whole words.
+            // The comparison of whole words is the fast path.
             let foreign = |word: &[u8]| {
                 word != [0; 8]
                     && word != [OWN; 8]
@@ -294,10 +294,7 @@ impl Process<'_> {
             };
             if let Some(at) = bytes.chunks(8).position(foreign) {
                 let found = &bytes[at * 8..][..8.min(bytes.len() - at * 8)];
-                bail!(
-                    "at {:#x} there is somebody else's {found:x?}",
-                    addr + at as u64 * 8
-                );
+                bail!("foreign data at {:#x}: {found:x?}", addr + at as u64 * 8);
             }
             addr += got as u64;
             left -= got as usize;
@@ -305,7 +302,7 @@ impl Process<'_> {
         Ok(())
     }
 
-    /// Uses memory as this process would. Not all of it may be there; then it ends here.
+    /// Accesses memory by plain loads and stores. If some of it is missing, the process dies here.
     fn touch(&mut self, map: Map) {
         for page in 0..map.pages.min(8) {
             if map.read(page) == 0 && self.rng.bool() {
@@ -322,9 +319,9 @@ impl Process<'_> {
             52..78 => self.draw_data(),
             78..104 => self.draw_file(),
             104..110 => self.draw_others(),
-            110..114 => return self.complete_one(),
+            110..114 => return self.io_uring(),
             114..117 => return self.userfault(),
-            117 => return self.poke(),
+            117 => return self.trace_child(),
             118 => return self.fork(),
             119 => match self.rng.u8(..8) {
                 0 => exit(0),
@@ -337,7 +334,7 @@ impl Process<'_> {
             },
             _ => {
                 let part = self.part();
-                return self.look(part.addr as u64, 16 * PAGE);
+                return self.check_data(part.addr as u64, 16 * PAGE);
             }
         };
         let ret = self.call(call);
@@ -351,14 +348,14 @@ impl Process<'_> {
                 Ok(())
             }
             Gives::Memory(len) => self.mapped(ret as u64, len),
-            Gives::Errors => bail!("this succeeded: {call:x?}"),
+            Gives::Errors => bail!("a call succeeded that must not: {call:x?}"),
         }
     }
 
-    /// Takes a new descriptor for further calls, if it is of a file or a pipe: what others say is
-    /// the kernel's word, not that of these processes.
+    /// Keeps a new descriptor for further calls, if it is a file, a device or a pipe. Data from other
+    /// kinds comes from the kernel, not from these processes.
     fn keep(&mut self, fd: i32) {
-        // SAFETY: The result is ours to write. The descriptor is new.
+        // SAFETY: The kernel writes the result. The descriptor is new.
         let (stat, fd) = unsafe {
             let mut stat: libc::stat = std::mem::zeroed();
             libc::fstat(fd, &mut stat);
@@ -376,7 +373,7 @@ impl Process<'_> {
         }
     }
 
-    /// Takes note of new memory, looks what is in it, and uses some.
+    /// Records new memory, checks its data, and uses some of it.
     fn mapped(&mut self, addr: u64, len: u64) -> Result<()> {
         let map = Map {
             addr: addr as *mut u8,
@@ -386,7 +383,7 @@ impl Process<'_> {
         if !(arena..arena + (ARENA * PAGE) as u64).contains(&addr) {
             self.elsewhere.push_back(map);
         }
-        self.look(addr, map.pages.min(64) * PAGE)?;
+        self.check_data(addr, map.pages.min(64) * PAGE)?;
         if self.rng.u8(..8) == 0
             && self.call((libc::SYS_mprotect, [addr, len, RW as u64, 0, 0, 0])) == 0
         {
@@ -394,7 +391,7 @@ impl Process<'_> {
         }
         if self.elsewhere.len() > 6 {
             if let Some(old) = self.elsewhere.pop_front() {
-                // Of huge pages (hugetlbfs) only whole ones can be unmapped, however few bytes were asked for.
+                // hugetlbfs mappings can only be unmapped in whole huge pages, even if fewer bytes were mapped.
                 let whole = old.pages.next_multiple_of(HUGE);
                 old.unmap().or_else(|_| {
                     Map {
@@ -419,7 +416,7 @@ impl Process<'_> {
                     _ => libc::MAP_FIXED,
                 };
                 let prot = match self.rng.u8(..4) {
-                    0 => self.some(&[1, 2, 4, 8, 0x100_0000, 0x200_0000, 1 << 30]),
+                    0 => self.some_bits(&[1, 2, 4, 8, 0x100_0000, 0x200_0000, 1 << 30]),
                     _ => RW as u64,
                 };
                 let kind = match self.rng.u8(..32) {
@@ -430,7 +427,7 @@ impl Process<'_> {
                     _ => libc::MAP_SHARED,
                 };
                 let more = match self.rng.u8(..4) {
-                    0 => self.some(&[
+                    0 => self.some_bits(&[
                         libc::MAP_ANONYMOUS,
                         libc::MAP_GROWSDOWN,
                         libc::MAP_LOCKED,
@@ -457,7 +454,7 @@ impl Process<'_> {
             }
             16..21 => (Gives::Nothing, (libc::SYS_munmap, [addr, len, 0, 0, 0, 0])),
             _ => {
-                let flags = self.one(&[0, 1, 1, 3, 3, 3, 5, 7, 2, 4, 8]);
+                let flags = self.pick(&[0, 1, 1, 3, 3, 3, 5, 7, 2, 4, 8]);
                 let old = if self.rng.u8(..8) == 0 { 0 } else { len };
                 let [to, new] = self.range();
                 (
@@ -468,13 +465,18 @@ impl Process<'_> {
         }
     }
 
-    /// Calls about memory that is there.
+    /// Calls on existing memory.
     fn draw_memory(&mut self) -> (Gives, Call) {
         let [addr, len] = self.range();
         let (number, [c, d, e, f]) = match self.rng.u8(..24) {
             0..3 => (
                 libc::SYS_mprotect,
-                [self.some(&[1, 2, 2, 4, 8, 0x100_0000, 0x200_0000]), 0, 0, 0],
+                [
+                    self.some_bits(&[1, 2, 2, 4, 8, 0x100_0000, 0x200_0000]),
+                    0,
+                    0,
+                    0,
+                ],
             ),
             3..11 => {
                 let advice = match self.rng.u8(..4) {
@@ -504,7 +506,7 @@ impl Process<'_> {
                 let pid = self.peer();
                 let [vectors, number] = self.vectors(0);
                 let [theirs, more] = self.vectors(64);
-                let call = self.one(&[libc::SYS_process_vm_readv, libc::SYS_process_vm_writev]);
+                let call = self.pick(&[libc::SYS_process_vm_readv, libc::SYS_process_vm_writev]);
                 return (
                     Gives::Nothing,
                     (call, [pid, vectors, number, theirs, more, 0]),
@@ -529,7 +531,7 @@ impl Process<'_> {
                 (libc::SYS_readv, [fd, vectors, number, 0, 0, 0])
             }
             7 | 8 => {
-                let number = self.one(&[libc::SYS_preadv2, libc::SYS_pwritev2]);
+                let number = self.pick(&[libc::SYS_preadv2, libc::SYS_pwritev2]);
                 let flags = match self.rng.bool() {
                     true => 1 << self.rng.u64(..10),
                     false => 0,
@@ -549,7 +551,7 @@ impl Process<'_> {
             }
             13 | 14 => {
                 let from = self.words(0, &[offset]);
-                let [from, into] = self.one(&[[0, 0], [from, 0], [0, from], [from, from]]);
+                let [from, into] = self.pick(&[[0, 0], [from, 0], [0, from], [from, from]]);
                 (
                     libc::SYS_splice,
                     [fd, from, to, into, len, self.rng.u64(..16)],
@@ -567,7 +569,7 @@ impl Process<'_> {
         (Gives::Nothing, call)
     }
 
-    /// Calls about files.
+    /// Calls on files.
     fn draw_file(&mut self) -> (Gives, Call) {
         let fd = self.fd();
         let (offset, out) = (self.offset(), self.out());
@@ -578,28 +580,28 @@ impl Process<'_> {
             9..12 => self.draw_fcntl(fd),
             12 | 13 => {
                 let len = self.range()[1];
-                let mode = self.one(&[0, 1, 2, 3, 3, 3, 8, 16, 17, 32, 64, 128, 1 << 20]);
+                let mode = self.pick(&[0, 1, 2, 3, 3, 3, 8, 16, 17, 32, 64, 128, 1 << 20]);
                 nothing((libc::SYS_fallocate, [fd, mode, offset, len, 0, 0]))
             }
             14 => {
-                let size = self.one(&[offset, (ARENA * PAGE) as u64, (ARENA * PAGE) as u64]);
+                let size = self.pick(&[offset, (ARENA * PAGE) as u64, (ARENA * PAGE) as u64]);
                 nothing((libc::SYS_ftruncate, [fd, size, 0, 0, 0, 0]))
             }
             15 => {
-                let call = self.one(&[libc::SYS_fsync, libc::SYS_fdatasync, libc::SYS_syncfs]);
+                let call = self.pick(&[libc::SYS_fsync, libc::SYS_fdatasync, libc::SYS_syncfs]);
                 nothing((call, [fd, 0, 0, 0, 0, 0]))
             }
             16 => {
-                let call = self.one(&[libc::SYS_fadvise64, libc::SYS_sync_file_range]);
+                let call = self.pick(&[libc::SYS_fadvise64, libc::SYS_sync_file_range]);
                 nothing((call, [fd, offset, 0x10000, self.rng.u64(..8), 0, 0]))
             }
             17 => nothing((
                 libc::SYS_flock,
-                [fd, self.one(&[1, 2, 8]) | libc::LOCK_NB as u64, 0, 0, 0, 0],
+                [fd, self.pick(&[1, 2, 8]) | libc::LOCK_NB as u64, 0, 0, 0, 0],
             )),
             18 => {
                 let empty = self.words(0, &[0]);
-                nothing(self.one(&[
+                nothing(self.pick(&[
                     (libc::SYS_fstat, [fd, out, 0, 0, 0, 0]),
                     (libc::SYS_fstatfs, [fd, out, 0, 0, 0, 0]),
                     (libc::SYS_statx, [fd, empty, AT_EMPTY_PATH, 0xfff, out, 0]),
@@ -607,16 +609,16 @@ impl Process<'_> {
             }
             19 => {
                 let mode = self.rng.u64(..0o10000);
-                nothing(self.one(&[
+                nothing(self.pick(&[
                     (libc::SYS_fchmod, [fd, mode, 0, 0, 0, 0]),
                     (libc::SYS_fchown, [fd, HOSTILE.into(), u64::MAX, 0, 0, 0]),
                     (libc::SYS_fchown, [fd, OTHER.into(), u64::MAX, 0, 0, 0]),
                 ]))
             }
             20 => {
-                let name = self.one(&["user.a", "security.capability", "trusted.a", "a"]);
+                let name = self.pick(&["user.a", "security.capability", "trusted.a", "a"]);
                 let name = self.text(name);
-                nothing(self.one(&[
+                nothing(self.pick(&[
                     (libc::SYS_fsetxattr, [fd, name, out, 64, 0, 0]),
                     (libc::SYS_fgetxattr, [fd, name, out, 4096, 0, 0]),
                     (libc::SYS_flistxattr, [fd, out, 4096, 0, 0, 0]),
@@ -644,7 +646,7 @@ impl Process<'_> {
                 let place = self.text("/tmp");
                 (
                     Gives::Errors,
-                    self.one(&[
+                    self.pick(&[
                         (libc::SYS_mount, [place, place, 0, libc::MS_BIND, 0, 0]),
                         (libc::SYS_umount2, [place, 2, 0, 0, 0, 0]),
                         (libc::SYS_swapon, [place, 0, 0, 0, 0, 0]),
@@ -718,19 +720,19 @@ impl Process<'_> {
             };
             let arg = match self.rng.bool() {
                 true => self.out(),
-                false => self.one(&BAD),
+                false => self.pick(&BAD),
             };
             return (
                 Gives::Nothing,
                 (libc::SYS_ioctl, [fd, command, arg, 0, 0, 0]),
             );
         }
-        let flags = self.one(&[0, 1, 1, 2, 1 << 32, u64::MAX]);
+        let flags = self.pick(&[0, 1, 1, 2, 1 << 32, u64::MAX]);
         let good = self.words(0, &[flags]);
         let [anywhere, _] = self.range();
         let end = self.scratch.addr as u64 + (self.scratch.pages * PAGE) as u64;
-        let bad = self.one(&BAD);
-        let arg = self.one(&[good, good, good, good + 1, anywhere, end - 4, bad]);
+        let bad = self.pick(&BAD);
+        let arg = self.pick(&[good, good, good, good + 1, anywhere, end - 4, bad]);
         (
             Gives::Descriptor,
             (libc::SYS_ioctl, [fd, DEVANON_IOC_NEW, arg, 0, 0, 0]),
@@ -738,10 +740,10 @@ impl Process<'_> {
     }
 
     fn draw_open(&mut self) -> (Gives, Call) {
-        // Not to wait: for whoever has a lease, or the other end of a pipe.
-        let flags = self.one(&[libc::O_RDWR, libc::O_RDWR, libc::O_RDONLY, libc::O_WRONLY]) as u64
+        // Does not wait for a lease to be broken, or for the other end of a pipe.
+        let flags = self.pick(&[libc::O_RDWR, libc::O_RDWR, libc::O_RDONLY, libc::O_WRONLY]) as u64
             | libc::O_NONBLOCK as u64
-            | self.some(&[libc::O_PATH, libc::O_TRUNC, libc::O_APPEND, libc::O_DIRECT]);
+            | self.some_bits(&[libc::O_PATH, libc::O_TRUNC, libc::O_APPEND, libc::O_DIRECT]);
         let own = self.fd() as i32;
         let pid = self.pid();
         let number = self.rng.u8(3..40);
@@ -752,10 +754,10 @@ impl Process<'_> {
             0 | 1 => (Gives::Descriptor, DEVICE.to_owned()),
             2 | 3 => (Gives::Descriptor, format!("/proc/self/fd/{own}")),
             4 => (
-                self.about(pid, Gives::Descriptor),
+                self.unless_witness(pid, Gives::Descriptor),
                 format!("/proc/{pid}/fd/{number}"),
             ),
-            // Only for the privileged.
+            // Only for privileged users.
             5 => (
                 Gives::Errors,
                 format!("/proc/self/map_files/{map:x}-{end:x}"),
@@ -764,7 +766,7 @@ impl Process<'_> {
                 let secret = self.secret.addr as u64;
                 let end = secret + (SECRET_PAGES * PAGE) as u64;
                 let witness = self.shared.witness.load(Relaxed);
-                let name = self.one(&["mem", "maps", "environ", "pagemap", "fdinfo/3", "root"]);
+                let name = self.pick(&["mem", "maps", "environ", "pagemap", "fdinfo/3", "root"]);
                 let path = match self.rng.bool() {
                     true => format!("/proc/{witness}/map_files/{secret:x}-{end:x}"),
                     false => format!("/proc/{witness}/{name}"),
@@ -772,7 +774,7 @@ impl Process<'_> {
                 (Gives::Errors, path)
             }
         };
-        // Opened as a path only, these say nothing.
+        // With O_PATH, the open may succeed, as it gives no access.
         let flags = match gives {
             Gives::Errors => flags & !(libc::O_PATH as u64),
             _ => flags,
@@ -789,7 +791,7 @@ impl Process<'_> {
 
     fn draw_fcntl(&mut self, fd: u64) -> (Gives, Call) {
         const F_SET_RW_HINT: i32 = 1036;
-        // A lock: of type, from whence, of a range.
+        // A lock: type and whence, start, length.
         let lock = [
             self.rng.u64(..3) | (self.rng.u64(..3) << 16),
             self.offset(),
@@ -799,7 +801,7 @@ impl Process<'_> {
         let lock = self.words(0, &lock);
         let hint = self.rng.u64(..8);
         let hint = self.words(8, &[hint]);
-        let command = self.one(&[
+        let command = self.pick(&[
             libc::F_DUPFD,
             libc::F_DUPFD_CLOEXEC,
             libc::F_GETFL,
@@ -822,22 +824,22 @@ impl Process<'_> {
             libc::F_SETLK | libc::F_OFD_SETLK | libc::F_GETLK => (Gives::Nothing, lock),
             F_SET_RW_HINT => (Gives::Nothing, hint),
             libc::F_SETOWN => (Gives::Nothing, std::process::id().into()),
-            libc::F_SETPIPE_SZ => (Gives::Nothing, self.one(&[0, 4096, 0x2_0000, 1 << 40])),
+            libc::F_SETPIPE_SZ => (Gives::Nothing, self.pick(&[0, 4096, 0x2_0000, 1 << 40])),
             libc::F_SETFL => (
                 Gives::Nothing,
-                self.some(&[
+                self.some_bits(&[
                     libc::O_APPEND,
                     libc::O_ASYNC,
                     libc::O_DIRECT,
                     libc::O_NOATIME,
-                ]) | self.one(&[0, libc::O_NONBLOCK as u64, libc::O_NONBLOCK as u64]),
+                ]) | self.pick(&[0, libc::O_NONBLOCK as u64, libc::O_NONBLOCK as u64]),
             ),
             _ => (Gives::Nothing, self.rng.u64(..64)),
         };
         (gives, (libc::SYS_fcntl, [fd, command as u64, arg, 0, 0, 0]))
     }
 
-    /// Calls about other processes: those of the same user, and the witness.
+    /// Calls on other processes: those of the same user, and the witness.
     fn draw_others(&mut self) -> (Gives, Call) {
         let pid = self.pid();
         let witness = self.shared.witness.load(Relaxed) as u64;
@@ -847,7 +849,7 @@ impl Process<'_> {
                 (libc::SYS_kill, [pid, libc::SIGTERM as u64, 0, 0, 0, 0]),
             );
         }
-        // SAFETY: A descriptor that is new.
+        // SAFETY: The descriptor is new.
         let pidfd = match self.call((libc::SYS_pidfd_open, [pid, 0, 0, 0, 0, 0])) {
             fd @ 0.. => unsafe { OwnedFd::from_raw_fd(fd as i32) },
             _ => return (Gives::Nothing, NOTHING),
@@ -858,22 +860,22 @@ impl Process<'_> {
         let theirs = self.words(66, &[self.secret.addr as u64, PAGE as u64]);
         let ours = self.words(64, &[self.out(), PAGE as u64]);
         let secret = self.words(68, &[self.secret.addr as u64]);
-        let advice = self.one(&[3, 4, 20, 21, 25]);
+        let advice = self.pick(&[3, 4, 20, 21, 25]);
         let stolen = self.rng.u64(3..40);
         match self.rng.u8(..5) {
             0 => (
-                self.about(pid, Gives::Nothing),
+                self.unless_witness(pid, Gives::Nothing),
                 (
                     libc::SYS_process_madvise,
                     [fd, vectors, number, advice, 0, 0],
                 ),
             ),
             1 => (
-                self.about(pid, Gives::Descriptor),
+                self.unless_witness(pid, Gives::Descriptor),
                 (libc::SYS_pidfd_getfd, [fd, stolen, 0, 0, 0, 0]),
             ),
             2 => {
-                let call = self.one(&[libc::SYS_process_vm_readv, libc::SYS_process_vm_writev]);
+                let call = self.pick(&[libc::SYS_process_vm_readv, libc::SYS_process_vm_writev]);
                 (Gives::Errors, (call, [witness, ours, 1, theirs, 1, 0]))
             }
             3 => (
@@ -893,15 +895,15 @@ impl Process<'_> {
         }
     }
 
-    /// One entry of the io_uring, or one set of registered buffers.
-    fn complete_one(&mut self) -> Result<()> {
+    /// Submits one io_uring entry, or registers buffers.
+    fn io_uring(&mut self) -> Result<()> {
         let Some(ring) = self.ring.take() else {
             self.ring = Ring::new().ok();
             return Ok(());
         };
         while ring.next().is_some() {}
         let wait = u32::from(self.rng.bool());
-        // Nothing here has to succeed.
+        // None of these calls has to succeed.
         match self.rng.u8(..16) {
             0 => return Ok(()),
             1 => drop(ring.register(&[])),
@@ -921,20 +923,20 @@ impl Process<'_> {
                     false => self.offset(),
                 };
                 // READ_FIXED, WRITE_FIXED, FALLOCATE, READ, WRITE, MADVISE, SPLICE, TEE
-                let code = self.one(&[4, 4, 4, 5, 5, 5, 17, 22, 23, 25, 30, 33]);
-                // Sometimes by a worker.
-                let flags = self.one(&[0, 0, 1 << 4]);
+                let code = self.pick(&[4, 4, 4, 5, 5, 5, 17, 22, 23, 25, 30, 33]);
+                // Sometimes IOSQE_ASYNC, so that an io_uring worker executes it.
+                let flags = self.pick(&[0, 0, 1 << 4]);
                 let more = match code {
-                    25 => self.one(&[4, 9, 20, 21]) << 32,
+                    25 => self.pick(&[4, 9, 20, 21]) << 32,
                     _ => 0,
                 };
-                // What is an offset for others is the length for MADVISE. Too long, it is about all of this process.
+                // For MADVISE, the offset is the length. Too long a length would affect the whole process.
                 let (addr, offset) = match code {
                     25 => self.range().into(),
                     _ => (addr, offset),
                 };
                 let (addr, len, index) = match code {
-                    17 => (len, self.one(&[0, 1, 3]), 0),
+                    17 => (len, self.pick(&[0, 1, 3]), 0),
                     30 | 33 => (u64::MAX, len, other << 32),
                     4 | 5 if self.rng.u8(..8) > 0 => (self.pinned[0], self.pinned[1], 0),
                     _ => (addr, len, 0),
@@ -957,7 +959,7 @@ impl Process<'_> {
         Ok(())
     }
 
-    /// userfaultfd, in the kind that sends a signal, so that nobody waits for us.
+    /// userfaultfd(2) with UFFD_FEATURE_SIGBUS, so that no fault waits for this process.
     fn userfault(&mut self) -> Result<()> {
         const USER_MODE_ONLY: u64 = 1;
         const UFFDIO_API: u64 = 0xc018_aa3f;
@@ -965,7 +967,7 @@ impl Process<'_> {
         let Some(fd) = self.userfaultfd else {
             let flags = USER_MODE_ONLY | libc::O_NONBLOCK as u64;
             let fd = self.call((libc::SYS_userfaultfd, [flags, 0, 0, 0, 0, 0]));
-            let more = self.one(&[0, 1 << 5, 1 << 10, (1 << 5) | (1 << 10), 1 << 12]);
+            let more = self.pick(&[0, 1 << 5, 1 << 10, (1 << 5) | (1 << 10), 1 << 12]);
             let api = self.words(0, &[0xaa, SIGBUS | more, 0]);
             if fd < 0 {
                 return Ok(());
@@ -982,7 +984,7 @@ impl Process<'_> {
             self.call((libc::SYS_close, [fd as u64, 0, 0, 0, 0, 0]));
             return Ok(());
         }
-        let (number, words) = self.one(&UFFDIO);
+        let (number, words) = self.pick(&UFFDIO);
         let ([addr, len], [from, _]) = (self.range(), self.range());
         let mode = self.rng.u64(..8);
         let arg = match words {
@@ -994,12 +996,13 @@ impl Process<'_> {
         Ok(())
     }
 
-    /// Writes into the arena of a traced child, as a debugger would.
+    /// Reads and writes the arena of a traced child, as a debugger does.
     ///
-    /// The child also tries to execute a file; none of them may be. Not this process: by its source,
-    /// Linux 7.3 may hang (in `mm_get_cid()`) if one that once had more threads than there are CPUs
-    /// fails to, and then gets threads again, as io_uring's workers are.
-    fn poke(&mut self) -> Result<()> {
+    /// The child also tries to execute a file, which must fail for each of them. This process does not
+    /// try that itself: by its source, Linux 7.3 may hang (in `mm_get_cid()`) if exec fails in a process
+    /// that once had more threads than there are CPUs and then gets threads again, such as io_uring's
+    /// workers.
+    fn trace_child(&mut self) -> Result<()> {
         let parent = std::process::id();
         let fd = self.fd();
         let (empty, none) = (self.words(0, &[0]), self.words(1, &[0]));
@@ -1022,7 +1025,7 @@ impl Process<'_> {
         }
         let wait = |flags| {
             let mut status = 0;
-            // SAFETY: The status is ours to write. The timer may interrupt it.
+            // SAFETY: The kernel writes the status. The timer may interrupt the call.
             while unsafe { libc::waitpid(pid, &mut status, flags) } < 0 {}
             status
         };
@@ -1033,8 +1036,8 @@ impl Process<'_> {
         );
         for _ in 0..8 {
             let [addr, _] = self.data();
-            let number = self.one(&[libc::PTRACE_POKEDATA, libc::PTRACE_PEEKDATA]);
-            // What was peeked is left where it can be looked at.
+            let number = self.pick(&[libc::PTRACE_POKEDATA, libc::PTRACE_PEEKDATA]);
+            // The system call stores the peeked word at `out()`, in the scratch pages.
             let value = match number {
                 libc::PTRACE_POKEDATA => OWN_WORD,
                 _ => self.out(),
@@ -1044,7 +1047,7 @@ impl Process<'_> {
                 [number.into(), pid as u64, addr, value, 0, 0],
             )) == 0
             {
-                self.look(addr, 8)?;
+                self.check_data(addr, 8)?;
             }
         }
         // SAFETY: Our own child.
@@ -1053,12 +1056,12 @@ impl Process<'_> {
         Ok(())
     }
 
-    /// One more process like this one, with the same parent.
+    /// Creates another process like this one, with the same parent.
     fn fork(&mut self) -> Result<()> {
         let flags = (libc::CLONE_PARENT | libc::SIGCHLD) as u64;
         self.shared.alive.fetch_add(1, Relaxed);
         match self.call((libc::SYS_clone, [flags, 0, 0, 0, 0, 0])) {
-            0 => self.begin(),
+            0 => self.set_up(),
             1.. => Ok(()),
             _ => {
                 self.shared.alive.fetch_sub(1, Relaxed);
@@ -1067,23 +1070,23 @@ impl Process<'_> {
         }
     }
 
-    /// What every process has to do for itself.
-    fn begin(&mut self) -> Result<()> {
+    /// Setup that every process does for itself.
+    fn set_up(&mut self) -> Result<()> {
         let number = self.shared.processes.fetch_add(1, Relaxed);
         self.rng = fastrand::Rng::with_seed(self.rng.u64(..) ^ number);
         self.shared.pids[number as usize % 16].store(std::process::id() as i32, Relaxed);
-        // The other process's.
+        // It belongs to the parent.
         self.ring = None;
-        // Ends every wait, again and again.
-        let soon = libc::timeval {
+        // Repeatedly interrupts every wait.
+        let period = libc::timeval {
             tv_sec: 0,
             tv_usec: 200_000,
         };
         let timer = libc::itimerval {
-            it_interval: soon,
-            it_value: soon,
+            it_interval: period,
+            it_value: period,
         };
-        // SAFETY: The timer is read, and no old one asked for.
+        // SAFETY: The kernel reads the timer, and does not return the old one.
         cvt(unsafe { libc::setitimer(libc::ITIMER_REAL, &timer, ptr::null_mut()) })?;
         Ok(())
     }
@@ -1094,7 +1097,7 @@ fn exit(status: i32) -> ! {
     unsafe { libc::_exit(status) }
 }
 
-/// A process that makes calls until there were `calls` of all processes.
+/// A process that makes calls until all processes together have made `calls`.
 fn run(
     shared: &Shared,
     seed: u64,
@@ -1106,7 +1109,7 @@ fn run(
     extern "C" fn interrupt(_: i32) {}
     let handler: extern "C" fn(i32) = interrupt;
     become_user(HOSTILE)?;
-    // SAFETY: The handler does nothing, and calls that it interrupts are not begun again.
+    // SAFETY: The handler does nothing. Calls that it interrupts are not restarted.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = handler as usize;
@@ -1124,7 +1127,7 @@ fn run(
         .collect::<std::io::Result<Vec<_>>>()?;
     own.extend([device()?, ioctl_file(ARENA)?, memfd(ARENA)?]);
     own.extend(pipe()?);
-    // Something everywhere, to begin with.
+    // Initially something is mapped everywhere.
     for (index, fd) in own[..5].iter().enumerate() {
         arena.part(index * 10, 10).cover(fd, index * 10)?;
     }
@@ -1135,7 +1138,7 @@ fn run(
             rlim_cur: most,
             rlim_max: most,
         };
-        // SAFETY: The limit is read.
+        // SAFETY: The kernel reads the limit.
         cvt(unsafe { libc::setrlimit(what, &limit) })?;
     }
     let mut process = Process {
@@ -1152,7 +1155,7 @@ fn run(
         pidfd: None,
         history: VecDeque::new(),
     };
-    process.begin()?;
+    process.set_up()?;
     while shared.calls.fetch_add(1, Relaxed) < calls {
         if let Err(err) = process.step() {
             let calls: Vec<_> = process
@@ -1166,21 +1169,21 @@ fn run(
     Ok(())
 }
 
-/// Keeps processes running until all calls were made. They are the only children of this one.
+/// Keeps processes running until all calls were made. This process has no other children.
 fn keep_running(shared: &Shared, calls: u64, spawn: impl Fn() -> Result<()>) -> Result<()> {
-    let (mut faults, mut ended) = (0, 0);
+    let (mut faults, mut exited) = (0, 0);
     loop {
         while shared.calls.load(Relaxed) < calls && shared.alive.load(Relaxed) < PROCESSES {
             shared.alive.fetch_add(1, Relaxed);
             drop(fork(|_| spawn())?);
         }
         let mut status = 0;
-        // SAFETY: The status is ours to write.
+        // SAFETY: The kernel writes the status.
         match cvt(unsafe { libc::waitpid(-1, &mut status, 0) }) {
-            Ok(_) => ended += 1,
+            Ok(_) => exited += 1,
             Err(err) if err.raw_os_error() != Some(libc::ECHILD) => return Err(err.into()),
             Err(_) if shared.calls.load(Relaxed) < calls => {
-                // One was killed when it had counted the child it was about to have.
+                // A process was killed after it had counted a child that it was about to fork.
                 shared.alive.store(0, Relaxed);
                 continue;
             }
@@ -1194,11 +1197,11 @@ fn keep_running(shared: &Shared, calls: u64, spawn: impl Fn() -> Result<()>) -> 
             (false, _) => ensure!(status == 0, "a process failed: status {status:#x}"),
         }
     }
-    println!("{ended} processes, {faults} of them ended by their own access");
+    println!("{exited} processes, {faults} of them killed by their own access");
     Ok(())
 }
 
-/// Has memory full of secrets, and looks whether they stay, and stay its own.
+/// Fills memory with secrets, and checks that they stay unchanged and that new pages are zero.
 fn witness(shared: &Shared, place: Map, seed: u64) -> Result<()> {
     become_user(OTHER)?;
     let mut rng = fastrand::Rng::with_seed(seed);
@@ -1227,16 +1230,16 @@ fn witness(shared: &Shared, place: Map, seed: u64) -> Result<()> {
     for (fd, map) in &objects {
         fill(map.cover(fd, 0)?);
     }
-    while !shared.witnessed.load(Relaxed) {
+    while !shared.stop_witness.load(Relaxed) {
         let (fd, map) = &objects[rng.usize(..2)];
         let page = rng.usize(..half);
         let part = map.part(page, rng.usize(1..=8.min(half - page)));
         check(part)?;
         if rng.u8(..4) == 0 {
-            // The kernel may have other things to do.
+            // It need not succeed.
             let _ = part.advise(libc::MADV_PAGEOUT);
         } else {
-            // For a moment nobody has its pages, and then it has others.
+            // Frees the pages, and gets new ones.
             part.cover_anonymous()?;
             std::thread::yield_now();
             part.cover(fd, page)?.check_zero()?;
@@ -1250,15 +1253,15 @@ fn witness(shared: &Shared, place: Map, seed: u64) -> Result<()> {
     Ok(())
 }
 
-/// What is to be the same before and after.
+/// Resource usage of the whole machine.
 #[derive(Debug)]
-struct InUse {
+struct Usage {
     module: usize,
     files: usize,
     shmem: usize,
 }
 
-impl InUse {
+impl Usage {
     fn now() -> Result<Self> {
         let files = fs::read_to_string("/proc/sys/fs/file-nr")?;
         let files = files
@@ -1273,7 +1276,7 @@ impl InUse {
         })
     }
 
-    /// Waits until no more is in use than then: the kernel gives back some things a bit later.
+    /// Waits until usage is back to this: the kernel frees some things a little later.
     fn wait_for(&self) -> Result<()> {
         let until = Instant::now() + Duration::from_secs(60);
         loop {
@@ -1284,25 +1287,25 @@ impl InUse {
             }
             ensure!(
                 Instant::now() < until,
-                "not given back: {now:?}, before {self:?}"
+                "not freed: {now:?}, before {self:?}"
             );
             std::thread::sleep(Duration::from_millis(10));
         }
     }
 }
 
-/// Memory for what all processes count, all zero.
+/// Zeroed memory for the shared state.
 fn shared() -> Result<&'static Shared> {
     let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
     let map = Map::new(ptr::null_mut(), 1, RW, flags, -1, 0)?;
-    // SAFETY: A page that nobody unmaps; all zero is a value of the type, and all of it is atomic.
+    // SAFETY: A page that nobody unmaps; all zero is a valid value, and every field is atomic.
     Ok(unsafe { &*map.addr.cast() })
 }
 
 fn round(seed: u64, calls: u64, huge: bool) -> Result<()> {
-    // A file as well.
+    // Before the baseline is taken, as shared memory takes a file as well.
     let shared = shared()?;
-    let before = InUse::now()?;
+    let before = Usage::now()?;
     let secret = Map::reserve(SECRET_PAGES)?;
     let arena = Map {
         addr: PLACE as *mut u8,
@@ -1313,10 +1316,10 @@ fn round(seed: u64, calls: u64, huge: bool) -> Result<()> {
     shared.witness.store(witness.pid, Relaxed);
     // SAFETY: No memory involved.
     cvt(unsafe { libc::seteuid(HOSTILE) })?;
-    let made = device().and_then(|dev| Ok([dev, ioctl_file(ARENA)?]));
+    let common = device().and_then(|dev| Ok([dev, ioctl_file(ARENA)?]));
     // SAFETY: As above.
     cvt(unsafe { libc::seteuid(0) })?;
-    let common = made?;
+    let common = common?;
 
     let keeper = fork(|_| {
         keep_running(shared, calls, || {
@@ -1324,10 +1327,10 @@ fn round(seed: u64, calls: u64, huge: bool) -> Result<()> {
             run(shared, seed ^ (number << 32), calls, arena, secret, &common)
         })
     })?;
-    let kept = keeper.join();
-    shared.witnessed.store(true, Relaxed);
+    let result = keeper.join();
+    shared.stop_witness.store(true, Relaxed);
     witness.join().context("the witness")?;
-    kept?;
+    result?;
 
     if !huge {
         expect_resident(&common[0], 0, "all unmapped")?;
@@ -1337,7 +1340,7 @@ fn round(seed: u64, calls: u64, huge: bool) -> Result<()> {
     before.wait_for()
 }
 
-/// Makes `calls` calls, drawn by `seed`; half of them with huge pages.
+/// Makes `calls` calls, drawn with `seed`; half of them with huge pages enabled.
 pub fn random_calls(seed: u64, calls: u64) -> Result<()> {
     for (huge, word) in [(false, "never"), (true, "advise")] {
         fs::write("/sys/kernel/mm/transparent_hugepage/shmem_enabled", word)?;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Duels: two processes do two things to the same pages at the same time.
+//! Duels: two processes act on the same pages at the same time.
 //!
-//! Each side has a word of its own in the pages. As long as it has them mapped, its word must stay,
-//! or be zero if somebody punched a hole. When both sides are through nothing is mapped any more,
-//! so no page may be left, and who maps them again must find zeros.
+//! Each side owns a word in each page. While the side has the page mapped, its word must stay, or
+//! become zero if somebody punched a hole. When both sides are done, nothing is mapped, so no page
+//! may be left, and a new mapping must find zeros.
 
 use crate::sys::*;
 use anyhow::{Context, Result, bail, ensure};
@@ -21,26 +21,26 @@ use super::{HUGE, PAGES, SHMEM_ENABLED};
 enum Act {
     /// Maps the pages and brings them in.
     Fault,
-    /// Unmaps them: at once, or in pieces.
+    /// Unmaps the pages, at once or in pieces.
     Unmap,
-    /// Forks a child, which unmaps them by its end.
+    /// Forks a child, whose exit unmaps the pages.
     Fork,
     /// Moves the mapping.
     Remap,
-    /// Swaps out.
+    /// Swaps the pages out.
     PageOut,
-    /// Punches holes: by `fallocate` where there is a descriptor for that.
+    /// Punches holes, with fallocate(2) where the file supports that.
     Punch,
-    /// Punches holes by MADV_REMOVE.
+    /// Punches holes with MADV_REMOVE.
     Remove,
-    /// Has huge pages made.
+    /// Collapses the pages into huge pages.
     Collapse,
     Lock,
-    /// The only process of this side that has them mapped ends.
+    /// The only process of this side that maps the pages exits.
     Exit,
-    /// The same, by SIGKILL.
+    /// As above, but it is killed with SIGKILL.
     Kill,
-    /// Unmaps them while a pipe holds references to them.
+    /// Unmaps the pages while a pipe holds references to them.
     Pin,
 }
 use Act::*;
@@ -79,19 +79,19 @@ const PAIRS: &[(Act, Act)] = &[
     (Remove, Pin),
 ];
 
-/// Duels of a pair before the next pair has its turn.
+/// Duels of each pair before the next pair's turn.
 const ROUNDS: u64 = 2;
-/// Pages that each side writes to: all there are of small ones, a few of each huge one.
+/// Number of pages that each side writes to: all small pages, or a few of each huge page.
 const WORDS: usize = 64;
 
-/// Small pages go to swap. Huge ones do not: where a collapse and swap meet, the driver has a gap.
+/// Small pages go to swap; huge pages do not, as the driver has a gap where collapse and swap meet.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Weather {
+pub enum PageMode {
     SmallPagesAndSwap,
     HugePages,
 }
 
-/// What both sides see.
+/// State shared by both sides.
 struct Shared {
     met: AtomicU64,
     over: AtomicBool,
@@ -101,7 +101,7 @@ struct Shared {
 }
 const _: () = assert!(size_of::<Shared>() <= PAGE);
 
-/// Holes punched in a page so far.
+/// Numbers of holes punched in a page so far.
 struct Punches {
     started: AtomicU64,
     ended: AtomicU64,
@@ -110,7 +110,7 @@ struct Punches {
 impl Shared {
     fn new() -> Result<&'static Self> {
         let map = Map::shared(&memfd(1)?, 1, 0)?;
-        // SAFETY: Large enough, aligned to a page, never unmapped; atomics may be all zero.
+        // SAFETY: Large enough, page-aligned, never unmapped; all zero is valid for atomics.
         Ok(unsafe { &*map.addr.cast() })
     }
 
@@ -120,7 +120,7 @@ impl Shared {
         let start = Instant::now();
         while self.met.load(SeqCst) < met.next_multiple_of(2) {
             ensure!(!self.failed.load(SeqCst), "the other side failed");
-            // It may have crashed.
+            // The other side may have crashed.
             ensure!(start.elapsed().as_secs() < 120, "the other side is gone");
             std::thread::yield_now();
         }
@@ -128,7 +128,8 @@ impl Shared {
     }
 }
 
-/// What one side wrote: a tag, and of each page the holes punched before, and begun until after.
+/// What one side wrote: a tag, and for each page, how many punches had ended before the write and how
+/// many had started after it.
 struct Written {
     tag: u64,
     punches: Vec<(u64, u64)>,
@@ -149,7 +150,7 @@ impl Side<'_> {
         if self.huge { PAGES } else { WORDS }
     }
 
-    /// From one page with words to the next.
+    /// Distance between pages with words.
     fn step(&self) -> usize {
         self.pages() / WORDS
     }
@@ -187,18 +188,18 @@ impl Side<'_> {
 
             match found {
                 0 => ensure!(started > *ended_before, "word {number} of {tag:#x} is lost"),
-                // More ended than had begun by then: so one of them began after that.
+                // If more have ended than had started by then, one of them started after the write.
                 _ if found == tag => ensure!(
                     ended <= *started_before,
                     "word {number} of {tag:#x} outlived a punched hole"
                 ),
-                _ => bail!("word {number}: {found:#x}, not {tag:#x}"),
+                _ => bail!("word {number}: {found:#x}, expected {tag:#x}"),
             }
         }
         Ok(())
     }
 
-    /// Punches holes where the words are, at once or page by page.
+    /// Punches holes where the words are, all at once or page by page.
     fn punch(&mut self, map: Map, fallocate: bool) -> Result<()> {
         let words = if self.rng.bool() { WORDS } else { 1 };
         for first in (0..WORDS).step_by(words) {
@@ -223,14 +224,14 @@ impl Side<'_> {
         Ok(())
     }
 
-    /// Lets the other side go ahead by a bit, or by a bit more.
-    fn dawdle(&mut self) {
+    /// Waits for a short random time, so that the other side gets ahead.
+    fn random_delay(&mut self) {
         let most = 1 << self.rng.u8(..12);
         let end = Instant::now() + Duration::from_micros(self.rng.u64(..most));
         while Instant::now() < end {}
     }
 
-    /// One duel. `other` is what the other side does.
+    /// One duel, in which this side does `act` and the other side `other`.
     fn duel(&mut self, act: Act, other: Act) -> Result<()> {
         self.duels += 1;
         match act {
@@ -238,7 +239,7 @@ impl Side<'_> {
                 self.start()?;
                 let map = self.map()?;
                 let written = self.write(map);
-                self.dawdle();
+                self.random_delay();
                 self.verify(map, &written)?;
                 map.unmap()?;
             }
@@ -251,7 +252,7 @@ impl Side<'_> {
             self.shared.duels.store(self.duels, SeqCst);
             self.expect_nothing()?;
             if self.huge {
-                // For the next duel: huge pages to take apart, or small ones to collapse.
+                // For the next duel: huge pages to split, or small pages to collapse.
                 let enabled = ["always", "never"][self.rng.usize(..2)];
                 std::fs::write(SHMEM_ENABLED, enabled)?;
             }
@@ -261,7 +262,7 @@ impl Side<'_> {
 
     fn start(&mut self) -> Result<()> {
         self.shared.meet()?;
-        self.dawdle();
+        self.random_delay();
         Ok(())
     }
 
@@ -297,7 +298,7 @@ impl Side<'_> {
             PageOut => map.advise(libc::MADV_PAGEOUT)?,
             Punch => self.punch(map, self.has_fallocate)?,
             Remove => self.punch(map, false)?,
-            // It fails if somebody else is at the pages.
+            // The collapse fails if somebody else is using the pages.
             Collapse => drop(map.advise(libc::MADV_COLLAPSE)),
             Lock => map.lock()?,
             Fault | Exit | Kill | Pin => unreachable!(),
@@ -324,8 +325,8 @@ impl Side<'_> {
         child.join()
     }
 
-    /// A page in a pipe stays what it was when it went there. Or a hole was punched: then the part
-    /// of a huge page that is no longer there is zero.
+    /// A page in a pipe keeps its content. The exceptions are a punched hole, and a part of a huge page
+    /// that is zeroed when it is unmapped.
     fn pin(&mut self, punched: bool) -> Result<()> {
         let map = self.map()?;
         let written = self.write(map);
@@ -349,15 +350,15 @@ impl Side<'_> {
             let (found, tag) = (u64::from_ne_bytes(word), written.tag + number as u64);
             ensure!(
                 found == tag || (found == 0 && (punched || self.huge)),
-                "a pipe has {found:#x}, not {tag:#x}"
+                "a pipe has {found:#x}, expected {tag:#x}"
             );
         }
         Ok(())
     }
 
-    /// Nobody maps the pages now.
+    /// Checks that no page is left and that no data comes back. Nobody maps the pages now.
     fn expect_nothing(&self) -> Result<()> {
-        // Of a huge page some may be left until it is unmapped as a whole.
+        // Parts of a huge page may be left until its whole range is unmapped.
         if !self.huge {
             expect_resident(self.fd, 0, "all unmapped")?;
         }
@@ -365,7 +366,7 @@ impl Side<'_> {
         for number in 0..WORDS {
             let page = number * self.step();
             for word in 0..3 {
-                // SAFETY: Inside the mapping; nobody else has it now.
+                // SAFETY: Inside the mapping; nobody else maps the page now.
                 let found = unsafe { map.word(page, word).read_volatile() };
                 ensure!(found == 0, "page {page} came back with {found:#x}");
             }
@@ -374,7 +375,7 @@ impl Side<'_> {
         expect_resident(self.fd, 0, "all unmapped again")
     }
 
-    /// Duels until the time is up, but each pair at least [`ROUNDS`] times.
+    /// Duels until the time is up, but at least [`ROUNDS`] times for each pair.
     fn fight(&mut self, until: Instant) -> Result<()> {
         // Small pages are not collapsed, huge ones not swapped.
         let not_now = if self.huge { PageOut } else { Collapse };
@@ -398,7 +399,7 @@ impl Side<'_> {
     }
 }
 
-/// Address space of `pages` pages, from an address where a huge page can be.
+/// Address space for `pages` pages, aligned for huge pages.
 fn aligned(pages: usize) -> Result<Map> {
     let place = Map::reserve(pages + HUGE)?;
     let skip = place.addr.align_offset(HUGE * PAGE) / PAGE;
@@ -411,18 +412,18 @@ fn aligned(pages: usize) -> Result<Map> {
 
 fn pipe() -> Result<(File, File)> {
     let mut fds = [0; 2];
-    // SAFETY: The descriptors are ours to write, and new.
+    // SAFETY: The kernel writes two descriptors, which are new.
     unsafe {
         cvt(libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC)).context("pipe2")?;
         Ok((File::from_raw_fd(fds[0]), File::from_raw_fd(fds[1])))
     }
 }
 
-/// Duels on `fd`, which nobody else has mapped. Returns how many there were.
+/// Runs duels on `fd`, which nobody else has mapped. Returns how many there were.
 pub fn duels(
     fd: &OwnedFd,
     has_fallocate: bool,
-    weather: Weather,
+    mode: PageMode,
     seed: u64,
     until: Instant,
 ) -> Result<u64> {
@@ -432,7 +433,7 @@ pub fn duels(
             let mut side = Side {
                 fd,
                 has_fallocate,
-                huge: weather == Weather::HugePages,
+                huge: mode == PageMode::HugePages,
                 me,
                 shared,
                 rng: fastrand::Rng::with_seed(seed ^ me as u64),
