@@ -151,7 +151,7 @@ fn no_device(_: &mut State) -> Result<String> {
     fails(
         &["linux.uml"],
         120,
-        "there is no /dev/anon: load the module first",
+        "/dev/anon does not exist; load the module first",
     )
 }
 
@@ -160,7 +160,7 @@ fn no_driver(_: &mut State) -> Result<String> {
         return Ok(BUILT_IN.to_owned());
     }
     host::make_node()?;
-    fails(&["linux.uml"], 120, "not its driver")
+    fails(&["linux.uml"], 120, "its driver is not loaded")
 }
 
 /// On a patched kernel the node of the test before works; on a stock one it has to be made anew.
@@ -176,7 +176,11 @@ fn stale_node(state: &mut State) -> Result<String> {
         )?
     };
     host::remove_node()?;
-    let gone = fails(&["linux.uml"], 120, "although its driver is there: mknod")?;
+    let gone = fails(
+        &["linux.uml"],
+        120,
+        "the driver is present but /dev/anon does not exist: mknod",
+    )?;
     host::make_node()?;
     not_used(state).context("after the cure")?;
     Ok(format!("{text}\n{gone}"))
@@ -186,7 +190,7 @@ fn other_device(_: &mut State) -> Result<String> {
     host::remove_node()?;
     File::create(DEVICE)?;
     host::chmod(DEVICE, 0o666)?;
-    let result = fails(&["linux.uml"], 120, "something else than the device");
+    let result = fails(&["linux.uml"], 120, "not the devanon device");
     host::remove_node()?;
     host::make_node()?;
     result
@@ -242,7 +246,11 @@ fn no_command(_: &mut State) -> Result<String> {
 }
 
 fn not_used(_: &mut State) -> Result<String> {
-    fails(&[RUN, "--help"], 124, "without a memory file of /dev/anon")
+    fails(
+        &[RUN, "--help"],
+        124,
+        "without taking a memory file from /dev/anon",
+    )
 }
 
 /// With one descriptor left, /dev/anon can be opened but makes no file.
@@ -254,8 +262,8 @@ fn no_file(_: &mut State) -> Result<String> {
     fs::remove_file(program)?;
     let stderr = result?;
     for sentence in [
-        "devanon: no memory file from /dev/anon: Too many open files",
-        "devanon-run: /tmp/few-files ended without a memory file of /dev/anon",
+        "devanon: cannot get a memory file from /dev/anon: Too many open files",
+        "devanon-run: /tmp/few-files ended without taking a memory file from /dev/anon",
     ] {
         ensure!(stderr.contains(sentence), "wanted \"{sentence}\": {stderr}");
     }
