@@ -214,7 +214,7 @@ impl Setup {
             .uid(USER)
             .gid(USER);
         if let Some(prepare) = self.prepare {
-            // SAFETY: what there is to prepare is only system calls on the child itself.
+            // SAFETY: the functions passed here only make system calls that affect the child.
             unsafe { command.pre_exec(prepare) };
         }
         if self.userland.has_disk() {
@@ -597,7 +597,7 @@ impl Guest {
         }
         self.say(match self.userland {
             Userland::Small => "poweroff",
-            // Without D-Bus, systemctl needs --force to shut down.
+            // There is no D-Bus: tell init directly, as a power switch would.
             Userland::Debian => "systemctl poweroff --force",
             Userland::Single => "exit",
         })?;

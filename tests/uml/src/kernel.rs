@@ -622,7 +622,7 @@ fn hot_plug_refused(_: &mut State) -> Result<String> {
     ] {
         match console.ask(&format!("config {words}"))? {
             Err(said) if said.contains(sentence) => text += &format!("{words}: {said}\n"),
-            answer => anyhow::bail!("{words}: {answer:?}, wanted \"{sentence}\""),
+            answer => anyhow::bail!("{words}: {answer:?}, expected \"{sentence}\""),
         }
     }
     // Nothing is unplugged, so nothing can be plugged.

@@ -131,8 +131,8 @@ fn processes(guest: &Guest) -> Result<Vec<i32>> {
     Ok(all)
 }
 
-/// Sums fields of a /proc/PID file over a guest's processes. Processes that have exited have none,
-/// reaped or not.
+/// Sums fields of a /proc/PID file over a guest's processes. Processes that have exited are
+/// skipped, reaped or not.
 fn sums<const N: usize>(guest: &Guest, file: &str, names: [&str; N]) -> Result<[i64; N]> {
     let mut sums = [0; N];
     for pid in processes(guest)? {

@@ -554,7 +554,7 @@ fn read_only(_: &mut State) -> Result<String> {
         let sum = sum.split(' ').next().context("no checksum")?;
         guest.expect(&format!("{sum} "))?;
     }
-    // One process maps pages of two disks.
+    // One process maps pages of two disks at once.
     guest.say("mount -t ext4 -o ro /dev/ubde /mnt")?;
     guest.run("disk", "batch")?;
     guest.say("umount /mnt")?;
