@@ -76,7 +76,7 @@ Exit status: that of the command, 128+N if signal N killed it, or
   126  the command cannot be executed
   127  the command was not found
 
-Files: libdevanon_preload.so, in the directory of devanon-run or in ../lib/devanon from there.
+Files: libdevanon_preload.so, in the directory of devanon-run or in ../lib/devanon relative to it.
 Without devanon-run: LD_PRELOAD=/path/to/libdevanon_preload.so linux.uml ..."
 )]
 struct Args {
