@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* What a guest compiles: it sorts some numbers and prints a sum that is known. */
+/* Compiled and run in a guest: sorts some numbers and prints a known checksum. */
 #include <stdio.h>
 #include <stdlib.h>
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The host's memory, before, with guests, and after; and what mapping over does. Each row is
-//! checked: the demonstration fails where the memory is not as it claims.
+//! Shows the host's memory before guests run, while they run, and afterwards; then the effect of
+//! mapping over pages. Each row is checked: the demonstration fails if the memory is not as claimed.
 
 use std::path::Path;
 use std::thread;
@@ -23,7 +23,7 @@ use crate::over;
 
 const GUESTS: usize = 4;
 
-fn row(what: &str, memory: Memory) {
+fn print_row(what: &str, memory: Memory) {
     println!(
         "{what:<52}{:>12.1}{:>12.1}",
         mib(memory.shmem),
@@ -31,10 +31,10 @@ fn row(what: &str, memory: Memory) {
     );
 }
 
-/// A row with so much Shmem.
-fn step(what: &'static str, shmem: i64) -> Result<Memory> {
-    let memory = Memory::with_shmem(shmem).context(what)?;
-    row(what, memory);
+/// Waits until Shmem is about `shmem` KiB, and prints a row.
+fn print_row_at(what: &'static str, shmem: i64) -> Result<Memory> {
+    let memory = Memory::wait_shmem(shmem).context(what)?;
+    print_row(what, memory);
     Ok(memory)
 }
 
@@ -42,7 +42,7 @@ fn mib(kib: i64) -> f64 {
     kib as f64 / 1024.0
 }
 
-fn head(title: &str) {
+fn print_header(title: &str) {
     println!("\n{title:<52}{:>12}{:>12}", "Shmem", "free");
 }
 
@@ -51,8 +51,8 @@ pub fn run() -> Result<()> {
     if !Path::new(DEVICE).exists() {
         host::make_node()?;
     }
-    let (_, tmp) = host::filesystem("/tmp")?;
-    let (_, shm) = host::filesystem("/dev/shm")?;
+    let (_, tmp) = host::filesystem_usage("/tmp")?;
+    let (_, shm) = host::filesystem_usage("/dev/shm")?;
     println!(
         "The host's memory in MiB. /tmp holds {:.0}, /dev/shm holds {:.0}.\n\
          Free is MemFree and the free pages each CPU keeps; page tables take a little of it.",
@@ -60,19 +60,19 @@ pub fn run() -> Result<()> {
         mib(shm)
     );
     guests()?;
-    head(&format!("A program with {} MiB of /dev/anon", over::MIB));
-    over::run(row)?;
+    print_header(&format!("A program with {} MiB of /dev/anon", over::MIB));
+    over::run(print_row)?;
     host::unload_module()?;
     println!("\nThe module is unloaded.");
     Ok(())
 }
 
 fn guests() -> Result<()> {
-    head(&format!(
+    print_header(&format!(
         "{GUESTS} UML guests of {SIZE} MiB, as an unprivileged user"
     ));
     let before = Memory::now()?;
-    row("before", before);
+    print_row("before", before);
     let mut guests = Vec::new();
     for number in 1..=GUESTS {
         guests.push(Setup::ours(number).start()?);
@@ -84,12 +84,12 @@ fn guests() -> Result<()> {
     for guest in &mut guests {
         guest.wait_workload()?;
     }
-    let full = held(&guests)?;
-    step(
+    let full = total_cost(&guests)?;
+    print_row_at(
         "all up, 24 MB unpacked and checked in each",
         before.shmem + full,
     )?;
-    of_that(full);
+    print_held(full);
 
     for guest in &mut guests {
         guest.say("forget")?;
@@ -98,48 +98,48 @@ fn guests() -> Result<()> {
     for guest in &guests {
         wait_reported(guest)?;
     }
-    // The last of it takes some more turns.
+    // Reporting the last free pages takes a few more rounds.
     thread::sleep(Duration::from_secs(8));
-    let empty = held(&guests)?;
+    let empty = total_cost(&guests)?;
     ensure!(
         empty < full - (GUESTS as i64 * (12 << 10)),
-        "{full} KiB, and {empty} after the files were removed"
+        "{full} KiB with the files, {empty} KiB after they were removed"
     );
-    let all = step(
+    let all = print_row_at(
         "the files removed, free memory reported",
         before.shmem + empty,
     )?;
-    of_that(empty);
+    print_held(empty);
 
     let mut killed = guests.pop().context("no guest")?;
     let memory = killed.memory()?.cost;
     killed.kill(Signal::KILL)?;
     killed.wait(&[128 + 9])?;
-    step("one killed with SIGKILL", all.shmem - memory)?;
+    print_row_at("one killed with SIGKILL", all.shmem - memory)?;
 
     for guest in &mut guests {
         guest.power_off()?;
     }
-    step("the others shut down", before.shmem)?;
+    print_row_at("the others shut down", before.shmem)?;
     unmodified(before)
 }
 
-/// Debian's own UML, which has no idea of /dev/anon.
+/// Debian's own UML, which knows nothing of /dev/anon.
 fn unmodified(before: Memory) -> Result<()> {
     let mut guest = Setup::unmodified(1).start()?;
     guest.wait_up()?;
     guest.say("unpack")?;
     guest.wait_workload()?;
-    step(
+    print_row_at(
         "Debian's unmodified UML at the same work",
         before.shmem + guest.memory()?.cost,
     )?;
     guest.power_off()?;
-    step("shut down", before.shmem)?;
+    print_row_at("shut down", before.shmem)?;
     Ok(())
 }
 
-fn held(guests: &[Guest]) -> Result<i64> {
+fn total_cost(guests: &[Guest]) -> Result<i64> {
     let mut total = 0;
     for guest in guests {
         total += guest.memory()?.cost;
@@ -147,7 +147,7 @@ fn held(guests: &[Guest]) -> Result<i64> {
     Ok(total)
 }
 
-fn of_that(total: i64) {
+fn print_held(total: i64) {
     println!(
         "{:<52}{:>12.1}",
         "  of that on /dev/anon, by fdinfo",

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! One UML guest, run as an unprivileged user.
+//! A UML guest, run as an unprivileged user.
 
 use std::fs;
 use std::fs::File;
@@ -36,33 +36,33 @@ use crate::host::memory_file;
 use crate::mconsole::Console;
 
 /// Debian's, unmodified.
-pub const UML: &str = "/bin/linux.uml";
+pub const DEBIAN_UML: &str = "/bin/linux.uml";
 /// Ours: linux-source with patches/uml.
-pub const OURS: &str = "/bin/linux";
-pub const RUN: &str = "/bin/devanon-run";
+pub const OUR_UML: &str = "/bin/linux";
+pub const DEVANON_RUN: &str = "/bin/devanon-run";
 pub const USER: u32 = 1000;
-/// What a guest believes to have, in MiB, if nothing else is said.
+/// Default memory size of a guest, in MiB.
 pub const SIZE: u32 = 192;
 
 const FILES: &str = "/lib/devanon";
-/// Debian's userland, only in VMs that are given it.
+/// Disk image of the Debian userland. Not every VM has it.
 pub const IMAGE: &str = "/lib/devanon/debian.img";
-/// Longer than any guest needs for one answer on a slow machine with a debug kernel.
-const PATIENCE: Duration = Duration::from_secs(600);
-/// Longer than any program of a guest runs beside other guests and their programs.
-const ENDURANCE: Duration = Duration::from_secs(1200);
-/// What UML ends with when it is powered off. On any kind of memory it now and then aborts after its
-/// last word, when its processes are gone already.
+/// How long to wait for one answer: more than any guest needs on a slow machine with a debug kernel.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
+/// How long a program in a guest may take: more than any needs while other guests are busy.
+const PROGRAM_TIMEOUT: Duration = Duration::from_secs(1200);
+/// UML's exit statuses after power off. With any backing, UML occasionally aborts after its last message,
+/// when its processes are already gone.
 pub const POWERED_OFF: &[i32] = &[0, 128 + 6];
 
 /// What runs in a guest.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Userland {
-    /// tests/guest/init on busybox, in memory.
+    /// tests/guest/init on busybox, in an initramfs.
     Small,
     /// Debian with systemd, on a copy-on-write disk.
     Debian,
-    /// That disk, and no more than a shell: tests/guest/single.
+    /// The same disk with just a shell: tests/guest/single.
     Single,
 }
 
@@ -72,7 +72,7 @@ impl Userland {
     }
 }
 
-/// A guest to be.
+/// How to start a guest.
 pub struct Setup {
     name: String,
     program: Vec<String>,
@@ -82,19 +82,19 @@ pub struct Setup {
     environment: Vec<(String, String)>,
     /// Runs in the child before it becomes UML.
     prepare: Option<fn() -> io::Result<()>>,
-    /// Its two ends, ours first.
+    /// Both ends of the console's terminal, ours first.
     terminal: Option<(File, OwnedFd)>,
 }
 
 impl Setup {
-    /// Debian's UML on /dev/anon, by devanon-run.
+    /// Debian's UML on /dev/anon, started by devanon-run.
     pub fn unmodified(number: usize) -> Self {
-        Self::new(number, &[RUN, UML])
+        Self::new(number, &[DEVANON_RUN, DEBIAN_UML])
     }
 
     /// Our own UML.
     pub fn ours(number: usize) -> Self {
-        Self::new(number, &[OURS])
+        Self::new(number, &[OUR_UML])
     }
 
     fn new(number: usize, program: &[&str]) -> Self {
@@ -126,7 +126,7 @@ impl Setup {
         self
     }
 
-    /// Further words for UML's command line.
+    /// Adds arguments to UML's command line.
     pub fn with(mut self, arguments: &[&str]) -> Self {
         self.arguments
             .extend(arguments.iter().map(|&word| word.to_owned()));
@@ -143,27 +143,27 @@ impl Setup {
         self
     }
 
-    /// A terminal as console: our end of it, and the guest's.
+    /// Uses a terminal as console: our end of it, and the guest's.
     pub fn terminal(mut self, ours: File, theirs: OwnedFd) -> Self {
         self.terminal = Some((ours, theirs));
         self
     }
 
-    /// The program, and what it is given by those who made this.
-    pub fn words(&self) -> String {
+    /// The program and the arguments that callers have added.
+    pub fn command_line(&self) -> String {
         [&self.program[..], &self.arguments[..]].concat().join(" ")
     }
 
-    fn home(&self) -> PathBuf {
+    fn directory(&self) -> PathBuf {
         PathBuf::from(format!("/tmp/{}", self.name))
     }
 
     fn command(&mut self) -> Result<Command> {
-        let home = self.home();
-        fs::create_dir_all(&home)?;
-        chown(&home, Some(USER), Some(USER))?;
-        // Its processes take turns. On one CPU they do so without an interrupt from one CPU to
-        // another each time, which takes long where the CPUs are emulated.
+        let directory = self.directory();
+        fs::create_dir_all(&directory)?;
+        chown(&directory, Some(USER), Some(USER))?;
+        // The guest's processes take turns. Keeping them on one CPU avoids an IPI on each switch,
+        // which is slow where CPUs are emulated.
         let several = self.arguments.iter().any(|word| word.starts_with("ncpus="));
         let number: usize = self.name[1..].parse()?;
         let cpu = number % thread::available_parallelism()?;
@@ -177,7 +177,7 @@ impl Setup {
             .args(&self.program)
             .arg(format!("mem={}M", self.size))
             .arg(format!("umid={}", self.name))
-            .arg(format!("uml_dir={}", home.display()))
+            .arg(format!("uml_dir={}", directory.display()))
             .args(["quiet", "loglevel=4", "con=null"]);
         if self.userland.has_disk() {
             command
@@ -196,8 +196,8 @@ impl Setup {
             }
             Userland::Debian => command
                 .arg("systemd.show_status=0")
-                // Where the host is slow, so are the console, without which there is no login prompt, and
-                // services.
+                // On a slow host, services and the console device, which the login prompt waits for,
+                // exceed systemd's default timeouts.
                 .args([
                     "systemd.default_device_timeout_sec=900",
                     "systemd.default_timeout_start_sec=900",
@@ -209,12 +209,12 @@ impl Setup {
             .args(&self.arguments)
             .env_clear()
             .env("PATH", "/bin")
-            .env("HOME", &home)
+            .env("HOME", &directory)
             .envs(self.environment.iter().cloned())
             .uid(USER)
             .gid(USER);
         if let Some(prepare) = self.prepare {
-            // SAFETY: what there is to prepare is only system calls on the child itself.
+            // SAFETY: the functions passed here only make system calls that affect the child.
             unsafe { command.pre_exec(prepare) };
         }
         if self.userland.has_disk() {
@@ -226,8 +226,8 @@ impl Setup {
         Ok(command)
     }
 
-    /// Runs UML to its end, which is to be soon: its exit status and what it said on stderr.
-    pub fn fails(mut self) -> Result<(i32, String)> {
+    /// Runs a UML that is expected to exit soon. Returns its exit status and stderr.
+    pub fn run_to_exit(mut self) -> Result<(i32, String)> {
         let output = self.command()?.stdin(Stdio::null()).output()?;
         let code = output.status.code().context("killed")?;
         Ok((code, String::from_utf8_lossy(&output.stderr).into_owned()))
@@ -266,11 +266,11 @@ impl Setup {
                 }
             }
         });
-        // Until devanon-run has started UML, it stands for it.
+        // With devanon-run this is its own PID. wait_up() replaces it by that of UML.
         let uml = Pid::from_child(&run);
         Ok(Guest {
-            directory: self.home().join(&self.name),
-            by_run: self.program[0] == RUN,
+            directory: self.directory().join(&self.name),
+            by_devanon_run: self.program[0] == DEVANON_RUN,
             name: self.name,
             userland: self.userland,
             size: self.size,
@@ -278,45 +278,45 @@ impl Setup {
             uml,
             keyboard,
             console,
-            said: String::new(),
-            read: 0,
-            begun: Instant::now(),
+            output: String::new(),
+            consumed: 0,
+            program_start: Instant::now(),
         })
     }
 }
 
 pub struct Guest {
     pub name: String,
-    /// Where its management console is.
+    /// The directory of its management console.
     directory: PathBuf,
-    by_run: bool,
+    by_devanon_run: bool,
     userland: Userland,
     size: u32,
     run: Child,
-    /// The process of UML itself: a child of devanon-run, or the one we started.
+    /// UML itself: a child of devanon-run, or the process we started.
     uml: Pid,
     keyboard: File,
     console: Receiver<Vec<u8>>,
-    /// All that the console said, and how much of it has been looked at.
-    said: String,
-    read: usize,
-    /// When its last program was begun.
-    begun: Instant,
+    /// All console output, and how much of it has been consumed.
+    output: String,
+    consumed: usize,
+    /// When the current program was started.
+    program_start: Instant,
 }
 
 impl Guest {
-    /// Waits until `find` finds what it looks for in what the console said and nobody looked at
-    /// yet: where that ends, and what it is.
+    /// Waits until `find` succeeds on the console output not yet consumed. It returns how much to consume,
+    /// and what it found.
     fn wait_for<T>(&mut self, what: &str, find: impl Fn(&str) -> Option<(usize, T)>) -> Result<T> {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + ANSWER_TIMEOUT;
         let why = loop {
-            if let Some((size, found)) = find(&self.said[self.read..]) {
-                self.read += size;
+            if let Some((size, found)) = find(&self.output[self.consumed..]) {
+                self.consumed += size;
                 return Ok(found);
             }
             let left = end.saturating_duration_since(Instant::now());
             match self.console.recv_timeout(left) {
-                Ok(chunk) => self.said += &String::from_utf8_lossy(&chunk),
+                Ok(chunk) => self.output += &String::from_utf8_lossy(&chunk),
                 Err(RecvTimeoutError::Timeout) => {
                     host::show_threads(self.pid());
                     break "in time";
@@ -325,16 +325,16 @@ impl Guest {
             }
         };
         self.show_tail();
-        bail!("{} did not say \"{what}\" {why}", self.name)
+        bail!("{}: no \"{what}\" {why}", self.name)
     }
 
-    /// The rest of the guest's next line that begins so.
-    pub fn expect(&mut self, begin: &str) -> Result<String> {
-        self.wait_for(begin, |text| {
+    /// Waits for the next line that starts with `prefix`, and returns the rest of it.
+    pub fn expect(&mut self, prefix: &str) -> Result<String> {
+        self.wait_for(prefix, |text| {
             let mut at = 0;
             for line in text.split_inclusive('\n') {
                 at += line.len();
-                let rest = line.trim_start_matches('\r').strip_prefix(begin);
+                let rest = line.trim_start_matches('\r').strip_prefix(prefix);
                 if let Some(rest) = rest.filter(|_| line.ends_with('\n')) {
                     return Some((at, rest.trim().to_owned()));
                 }
@@ -343,25 +343,25 @@ impl Guest {
         })
     }
 
-    /// Waits for this text, wherever in a line.
+    /// Waits for this text anywhere in a line.
     fn expect_text(&mut self, wanted: &str) -> Result<()> {
         self.wait_for(wanted, |text| {
             text.find(wanted).map(|at| (at + wanted.len(), ()))
         })
     }
 
-    /// What the guest said last, for the one who has to find out.
+    /// Prints the last lines of the console, to debug a failure.
     fn show_tail(&mut self) {
         for chunk in self.console.try_iter() {
-            self.said += &String::from_utf8_lossy(&chunk);
+            self.output += &String::from_utf8_lossy(&chunk);
         }
-        let lines: Vec<&str> = self.said.lines().collect();
+        let lines: Vec<&str> = self.output.lines().collect();
         for line in &lines[lines.len().saturating_sub(30)..] {
             eprintln!("{}: {line}", self.name);
         }
     }
 
-    /// Waits for the guest's user space: of Debian's, for a login prompt.
+    /// Waits until the guest's user space is up: with Debian, until the login prompt.
     pub fn wait_up(&mut self) -> Result<()> {
         match self.userland {
             Userland::Small | Userland::Single => {
@@ -372,15 +372,15 @@ impl Guest {
                 eprintln!("{}: login prompt", self.name);
             }
         }
-        if self.by_run {
+        if self.by_devanon_run {
             let children = host::children(Pid::from_child(&self.run).as_raw_pid())?;
             let child = children.first().context("devanon-run has no child")?;
-            self.uml = Pid::from_raw(*child).context("no process 0")?;
+            self.uml = Pid::from_raw(*child).context("PID 0")?;
         }
         Ok(())
     }
 
-    /// Logs in to Debian if need be, to a shell that says nothing of its own.
+    /// Logs in to Debian if necessary, and makes the shell quiet: no echo, no prompt.
     pub fn log_in(&mut self) -> Result<()> {
         if self.userland == Userland::Debian {
             self.say("root")?;
@@ -392,19 +392,19 @@ impl Guest {
         Ok(())
     }
 
-    /// Has Debian's userland do a piece of work (`work` of tests/guest), which must go well.
+    /// Runs tests/guest/work in the Debian userland. It must succeed.
     pub fn work(&mut self, words: &str) -> Result<()> {
         self.run("work", words)
     }
 
-    /// The same of `work` or `disk`.
+    /// Runs `work` or `disk` of tests/guest. It must succeed.
     pub fn run(&mut self, program: &str, words: &str) -> Result<()> {
         self.begin(program, words)?;
         self.finish(program, words)
     }
 
-    /// The lines that a shell command of Debian's userland says.
-    pub fn lines(&mut self, command: &str) -> Result<Vec<String>> {
+    /// Runs a shell command in the Debian userland and returns its lines of output.
+    pub fn output_of(&mut self, command: &str) -> Result<Vec<String>> {
         self.say(&format!(
             "{command} | sed 's/^/line /'; echo; echo line end"
         ))?;
@@ -418,7 +418,7 @@ impl Guest {
         }
     }
 
-    /// Waits for the end of what was begun.
+    /// Waits for the end of a program that `begin` started. It must succeed.
     pub fn finish(&mut self, program: &str, words: &str) -> Result<()> {
         while !self.is_done(program, words)? {
             thread::sleep(Duration::from_millis(100));
@@ -426,17 +426,17 @@ impl Guest {
         Ok(())
     }
 
-    /// Leaves the guest at what `work` or `disk` does (see tests/guest): see [`Guest::is_done`].
+    /// Starts `work` or `disk` of tests/guest without waiting for its end: see [`Guest::is_done`].
     pub fn begin(&mut self, program: &str, words: &str) -> Result<()> {
         let word = words.split(' ').next().unwrap_or_default();
-        self.begun = Instant::now();
-        // If it is killed it says nothing itself. What it did say comes first, and counts.
+        self.program_start = Instant::now();
+        // A killed program prints no verdict. If the program printed one, that comes first and counts.
         self.say(&format!(
             "{program} {words} || echo \"{program}: {word} ended with $?\""
         ))
     }
 
-    fn end(&mut self, program: &str, words: &str) -> Result<()> {
+    fn check_verdict(&mut self, program: &str, words: &str) -> Result<()> {
         let word = words.split(' ').next().unwrap_or_default();
         let answer = self.expect(&format!("{program}: {word} "))?;
         if !answer.starts_with("ok") {
@@ -447,17 +447,17 @@ impl Guest {
         Ok(())
     }
 
-    /// Whether the program has come to its end, which must be a good one, and within [`ENDURANCE`].
+    /// Returns true once the program has ended. It must succeed, and within [`PROGRAM_TIMEOUT`].
     pub fn is_done(&mut self, program: &str, words: &str) -> Result<bool> {
         for chunk in self.console.try_iter() {
-            self.said += &String::from_utf8_lossy(&chunk);
+            self.output += &String::from_utf8_lossy(&chunk);
         }
-        let begin = format!("{program}: ");
-        let unread = &self.said[self.read..];
-        let done = unread.starts_with(&begin) || unread.contains(&format!("\n{begin}"));
+        let prefix = format!("{program}: ");
+        let unread = &self.output[self.consumed..];
+        let done = unread.starts_with(&prefix) || unread.contains(&format!("\n{prefix}"));
         if done {
-            self.end(program, words)?;
-        } else if self.begun.elapsed() > ENDURANCE {
+            self.check_verdict(program, words)?;
+        } else if self.program_start.elapsed() > PROGRAM_TIMEOUT {
             host::show_threads(self.pid());
             self.show_tail();
             bail!("{}: {program} {words} has not ended in time", self.name);
@@ -465,42 +465,43 @@ impl Guest {
         Ok(done)
     }
 
-    /// The rest of the last whole line that begins so, when the guest has ended.
-    pub fn last(&mut self, begin: &str) -> Result<String> {
+    /// Waits until the guest has ended, and returns the rest of the last complete line that starts with `prefix`.
+    pub fn last_line(&mut self, prefix: &str) -> Result<String> {
         loop {
-            match self.console.recv_timeout(PATIENCE) {
-                Ok(chunk) => self.said += &String::from_utf8_lossy(&chunk),
+            match self.console.recv_timeout(ANSWER_TIMEOUT) {
+                Ok(chunk) => self.output += &String::from_utf8_lossy(&chunk),
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => bail!("{}: its console is still open", self.name),
             }
         }
-        let lines = self.said.split_inclusive('\n').rev();
-        let mut found = lines.filter_map(|line| line.strip_suffix('\n')?.strip_prefix(begin));
+        let lines = self.output.split_inclusive('\n').rev();
+        let mut found = lines.filter_map(|line| line.strip_suffix('\n')?.strip_prefix(prefix));
         let rest = found
             .next()
-            .with_context(|| format!("no line \"{begin}\""))?;
+            .with_context(|| format!("no line \"{prefix}\""))?;
         Ok(rest.trim().to_owned())
     }
 
-    /// The copy-on-write file of a Debian guest, which goes when `self` does.
-    pub fn cow(&self) -> String {
+    /// The COW file of a Debian guest. Dropping the guest removes it.
+    pub fn cow_file(&self) -> String {
         format!("/var/{}.cow", self.name)
     }
 
-    /// Waits for a verdict on the workload: every file the machine that built it knew is right.
+    /// Waits for the verdict on the workload: all files of workload.sha256 must be correct.
     pub fn wait_workload(&mut self) -> Result<()> {
         let files = fs::read_to_string(format!("{FILES}/workload.sha256"))?
             .lines()
             .count();
         let answer = self.expect("guest: workload")?;
         if answer != format!("ok {files} files") {
-            bail!("{}: workload: {answer}, wanted {files} files", self.name);
+            bail!("{}: workload: {answer}, expected {files} files", self.name);
         }
         Ok(())
     }
 
-    pub fn say(&self, word: &str) -> Result<()> {
-        writeln!(&self.keyboard, "{word}").with_context(|| format!("{}: console", self.name))
+    /// Types a line on the console.
+    pub fn say(&self, line: &str) -> Result<()> {
+        writeln!(&self.keyboard, "{line}").with_context(|| format!("{}: console", self.name))
     }
 
     pub fn memory(&self) -> Result<MemoryFile> {
@@ -512,9 +513,9 @@ impl Guest {
         Console::open(&self.directory)
     }
 
-    /// The lines of the guest's kernel log that have this word.
-    pub fn log(&mut self, word: &str) -> Result<Vec<String>> {
-        self.say(&format!("log {word}"))?;
+    /// Returns the lines of the small guest's kernel log that match this pattern.
+    pub fn kernel_log(&mut self, pattern: &str) -> Result<Vec<String>> {
+        self.say(&format!("log {pattern}"))?;
         let mut lines = Vec::new();
         loop {
             let line = self.expect("guest: log")?;
@@ -525,15 +526,15 @@ impl Guest {
         }
     }
 
-    /// What the guest's memory costs the host beyond what the guest has in use (all that is not
-    /// free), in KiB. Its kernel is not part of either.
+    /// The cost of the guest's memory to the host less what the guest has in use (all that is not
+    /// free), in KiB. The guest's kernel is in neither figure.
     pub fn excess(&self) -> Result<i64> {
         let meminfo = self.mconsole()?.proc("meminfo")?;
         let used = host::field(&meminfo, "MemTotal")? - host::field(&meminfo, "MemFree")?;
         Ok(self.memory()?.cost - used)
     }
 
-    /// In KiB.
+    /// The guest's memory size, in KiB.
     pub fn size(&self) -> i64 {
         i64::from(self.size) << 10
     }
@@ -559,18 +560,18 @@ impl Guest {
             .to_owned())
     }
 
-    /// Sends a signal to UML itself, past devanon-run.
+    /// Sends a signal to UML itself, bypassing devanon-run.
     pub fn kill(&self, signal: Signal) -> Result<()> {
         Ok(kill_process(self.uml, signal)?)
     }
 
-    /// Sends a signal to devanon-run, which is to pass it on.
+    /// Sends a signal to devanon-run, which must forward it.
     pub fn kill_run(&self, signal: Signal) -> Result<()> {
         Ok(kill_process(Pid::from_child(&self.run), signal)?)
     }
 
-    /// Our kernel has warned of nothing yet. One that checks its locks does so until it finds something.
-    pub fn content(&self) -> Result<()> {
+    /// Checks that our guest kernel has not warned: it is not tainted, and lockdep, if there, is still enabled.
+    pub fn check_kernel(&self) -> Result<()> {
         let console = self.mconsole()?;
         let tainted = console.proc("sys/kernel/tainted")?;
         ensure!(
@@ -578,25 +579,25 @@ impl Guest {
             "{}: its kernel is tainted: {tainted}",
             self.name
         );
-        // Others do not have this file.
+        // Only kernels with lockdep have this file.
         if let Ok(stats) = console.ask("proc lockdep_stats")? {
             ensure!(
                 host::field(&stats, " debug_locks")? == 1,
-                "{}: its kernel has found fault with its locks",
+                "{}: lockdep has disabled itself after a report",
                 self.name
             );
         }
         Ok(())
     }
 
-    /// Has the guest shut down, and waits for its end. Its kernel, if it is ours, is [`Guest::content`] until then.
+    /// Shuts the guest down and waits for its end. Runs [`Guest::check_kernel`] first if the kernel is ours.
     pub fn power_off(&mut self) -> Result<()> {
-        if !self.by_run {
-            self.content()?;
+        if !self.by_devanon_run {
+            self.check_kernel()?;
         }
         self.say(match self.userland {
             Userland::Small => "poweroff",
-            // Debian without D-Bus: as init would be told by a power switch.
+            // There is no D-Bus: tell init directly, as a power switch would.
             Userland::Debian => "systemctl poweroff --force",
             Userland::Single => "exit",
         })?;
@@ -604,23 +605,23 @@ impl Guest {
         self.wait(POWERED_OFF)
     }
 
-    /// Waits for the end of what was started, and checks its exit status: 128 + N if signal N
+    /// Waits for the process we started to exit, and checks its exit status: 128 + N if signal N
     /// killed it.
     pub fn wait(&mut self, wanted: &[i32]) -> Result<()> {
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + ANSWER_TIMEOUT;
         while Instant::now() < end {
             if let Some(status) = self.run.try_wait()? {
                 let code = status.code().or(status.signal().map(|signal| 128 + signal));
                 if !code.is_some_and(|code| wanted.contains(&code)) {
                     self.show_tail();
-                    bail!("{}: {status}, wanted {wanted:?}", self.name);
+                    bail!("{}: {status}, expected {wanted:?}", self.name);
                 }
                 return Ok(());
             }
             thread::sleep(Duration::from_millis(20));
         }
         self.show_tail();
-        bail!("{} did not end", self.name)
+        bail!("{} did not exit", self.name)
     }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the host says about its memory, and the module.
+//! The host's memory, its processes' mappings, and the module.
 
 use std::fs;
 use std::fs::File;
@@ -30,22 +30,22 @@ use rustix::system::finit_module;
 const MODULE: &str = "/lib/devanon/devanon.ko";
 pub const DEVICE: &str = "/dev/anon";
 
-/// Shmem may differ by so much, in KiB, from the pages we know of: the VM's own few files.
+/// How far Shmem may differ from the pages accounted for, in KiB: the VM has a few files of its own.
 pub const SHMEM_TOLERANCE: i64 = 256;
-/// Free memory may differ by so much more, in KiB: page tables, and the kernel's own objects.
+/// How far free memory may differ, in KiB: it also pays for page tables and the kernel's own objects.
 pub const FREE_TOLERANCE: i64 = 2 << 10;
 
 /// The host's memory at one moment, in KiB.
 #[derive(Clone, Copy, Debug)]
 pub struct Memory {
     pub shmem: i64,
-    /// MemFree and the free pages in the lists of each CPU, which MemFree leaves out.
+    /// MemFree plus the per-CPU lists of free pages, which MemFree leaves out.
     pub free: i64,
 }
 
 impl Memory {
     pub fn now() -> Result<Self> {
-        // Each CPU counts for itself at first; this adds the counts up.
+        // Folds the per-CPU counters into the global ones.
         fs::write("/proc/sys/vm/stat_refresh", "1").context("stat_refresh")?;
         let mut free = 0;
         for line in fs::read_to_string("/proc/zoneinfo")?.lines() {
@@ -60,17 +60,17 @@ impl Memory {
         })
     }
 
-    /// The first snapshot with so much Shmem: a process that was killed goes away by and by.
-    pub fn with_shmem(wanted: i64) -> Result<Self> {
-        Self::with("Shmem", wanted, SHMEM_TOLERANCE, |now| now.shmem)
+    /// Waits for a snapshot with about `wanted` KiB of Shmem: a killed process takes a while to exit.
+    pub fn wait_shmem(wanted: i64) -> Result<Self> {
+        Self::wait("Shmem", wanted, SHMEM_TOLERANCE, |now| now.shmem)
     }
 
-    /// The first snapshot with so much free memory.
-    pub fn with_free(wanted: i64) -> Result<Self> {
-        Self::with("free memory", wanted, FREE_TOLERANCE, |now| now.free)
+    /// Waits for a snapshot with about `wanted` KiB of free memory.
+    pub fn wait_free(wanted: i64) -> Result<Self> {
+        Self::wait("free memory", wanted, FREE_TOLERANCE, |now| now.free)
     }
 
-    fn with(name: &str, wanted: i64, tolerance: i64, figure: fn(&Self) -> i64) -> Result<Self> {
+    fn wait(name: &str, wanted: i64, tolerance: i64, figure: fn(&Self) -> i64) -> Result<Self> {
         let end = Instant::now() + Duration::from_secs(10);
         loop {
             let now = Self::now()?;
@@ -80,18 +80,18 @@ impl Memory {
             }
             ensure!(
                 Instant::now() < end,
-                "{name} is still {is} KiB, wanted {wanted}, give or take {tolerance}"
+                "{name} is still {is} KiB, expected {wanted}, give or take {tolerance}"
             );
             thread::sleep(Duration::from_millis(50));
         }
     }
 }
 
-/// Has the slab allocator give back what is in no use; KASAN keeps that from it for a while.
+/// Makes the slab allocator free unused slabs. This includes objects that KASAN holds in quarantine.
 pub fn shrink_caches() -> Result<()> {
     for cache in fs::read_dir("/sys/kernel/slab").context("/sys/kernel/slab")? {
         let cache = cache?;
-        // The links are second names.
+        // The symbolic links are aliases.
         if cache.file_type()?.is_dir() {
             fs::write(cache.path().join("shrink"), "1").with_context(|| format!("{cache:?}"))?;
         }
@@ -99,7 +99,7 @@ pub fn shrink_caches() -> Result<()> {
     Ok(())
 }
 
-/// The number after `name:` on a line of its own.
+/// Returns the number that follows `name:` at the start of a line.
 pub fn field(text: &str, name: &str) -> Result<i64> {
     text.lines()
         .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
@@ -109,17 +109,17 @@ pub fn field(text: &str, name: &str) -> Result<i64> {
         .with_context(|| format!("no number in the line {name}"))
 }
 
-/// KiB in use on a filesystem, and its size.
-pub fn filesystem(path: &str) -> Result<(i64, i64)> {
+/// Returns how much of a filesystem is in use, and its size, in KiB.
+pub fn filesystem_usage(path: &str) -> Result<(i64, i64)> {
     let fs = statvfs(path)?;
     let kib = |blocks: u64| (blocks * fs.f_frsize / 1024) as i64;
     Ok((kib(fs.f_blocks - fs.f_bfree), kib(fs.f_blocks)))
 }
 
-/// What a UML keeps its memory in.
+/// What UML keeps its physical memory in.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Backing {
-    /// A file of /dev/anon, made by its ioctl.
+    /// A file created by the ioctl of /dev/anon.
     Anon,
     /// /dev/anon itself.
     Device,
@@ -128,7 +128,7 @@ pub enum Backing {
     File,
 }
 
-/// A UML's physical memory: what it is in, its size in bytes, and what it costs, in KiB.
+/// The file with UML's physical memory: its kind, its size in bytes, and its cost to the host in KiB.
 #[derive(Clone, Copy, Debug)]
 pub struct MemoryFile {
     pub backing: Backing,
@@ -136,7 +136,7 @@ pub struct MemoryFile {
     pub cost: i64,
 }
 
-/// The largest file without a name that a process has open, or else /dev/anon itself.
+/// Finds the memory file of a UML process: the largest unnamed file that it has open, or else /dev/anon itself.
 pub fn memory_file(pid: i32) -> Result<Option<MemoryFile>> {
     let mut largest: Option<MemoryFile> = None;
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
@@ -159,7 +159,7 @@ pub fn memory_file(pid: i32) -> Result<Option<MemoryFile>> {
                 let info = fs::read_to_string(info)?;
                 let pages = field(&info, "anon-resident")? + field(&info, "anon-swapped")?;
                 let size = field(&info, "anon-size")?;
-                // The device is as large as can be; what it is used for tells nothing of the size.
+                // The device always reports the maximum size. With 0, any file found is preferred to it.
                 (if backing == Backing::Device { 0 } else { size }, pages * 4)
             }
             Backing::Memfd | Backing::File => {
@@ -178,7 +178,7 @@ pub fn memory_file(pid: i32) -> Result<Option<MemoryFile>> {
     Ok(largest)
 }
 
-/// The children of a process, the oldest first.
+/// Returns the children of a process, oldest first.
 pub fn children(pid: i32) -> Result<Vec<i32>> {
     let mut found = Vec::new();
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {
@@ -190,9 +190,9 @@ pub fn children(pid: i32) -> Result<Vec<i32>> {
     Ok(found)
 }
 
-/// The child of a process that computes most in a second.
+/// Returns the child of a process that uses the most CPU time within a second.
 pub fn busiest_child(pid: i32) -> Result<i32> {
-    // The time in user mode is the 14th field, and the name, in parentheses, the 2nd.
+    // User time is field 14; the name, in parentheses, is field 2.
     let time = |pid: i32| -> Result<u64> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
         let rest = stat.rsplit_once(')').context("stat")?.1;
@@ -200,7 +200,7 @@ pub fn busiest_child(pid: i32) -> Result<i32> {
     };
     let mut before = Vec::new();
     for child in children(pid)? {
-        // Unless it has just ended.
+        // The child may have just exited.
         if let Ok(time) = time(child) {
             before.push((child, time));
         }
@@ -212,8 +212,7 @@ pub fn busiest_child(pid: i32) -> Result<i32> {
     Ok(busiest.context("no child")?.0)
 }
 
-/// What the threads of a process and of its children are at, for the one who has to find out why it
-/// does not go on.
+/// Prints the state of all threads of a process and its children, to debug a hang.
 pub fn show_threads(pid: i32) {
     let children = children(pid).unwrap_or_default();
     for pid in [pid].into_iter().chain(children) {
@@ -239,7 +238,7 @@ pub fn show_threads(pid: i32) {
     }
 }
 
-/// How many mappings a process has, and how many of them of what UML keeps its memory in.
+/// Returns how many mappings a process has, and how many of them map the guest's memory.
 pub fn mappings(pid: i32) -> Result<(usize, usize)> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let of_memory = maps.lines().filter(|line| {
@@ -249,22 +248,22 @@ pub fn mappings(pid: i32) -> Result<(usize, usize)> {
     Ok((maps.lines().count(), of_memory.count()))
 }
 
-/// How many mappings of a process continue the one before them, with the same rights and the next
-/// page of the same file, and yet are two.
+/// Counts the mappings that could be merged with the previous one but are not: adjacent, with the
+/// same permissions and the next offset of the same file.
 pub fn unmerged(pid: i32) -> Result<usize> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let mut unmerged = 0;
-    // Where the last one ends, in memory and in the file; its rights and its file.
+    // Where the last mapping ends, in memory and in the file; its permissions and file.
     let mut last = None;
     for line in maps.lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
-        let [range, rights, offset, device, inode, ..] = words[..] else {
+        let [range, perms, offset, device, inode, ..] = words[..] else {
             continue;
         };
         let (start, end) = range.split_once('-').context("maps")?;
         let hex = |text| u64::from_str_radix(text, 16);
         let (start, end, offset) = (hex(start)?, hex(end)?, hex(offset)?);
-        let rest = (rights.to_owned(), device.to_owned(), inode.to_owned());
+        let rest = (perms.to_owned(), device.to_owned(), inode.to_owned());
         if inode != "0" && last == Some((start, offset, rest.clone())) {
             unmerged += 1;
         }
@@ -273,7 +272,7 @@ pub fn unmerged(pid: i32) -> Result<usize> {
     Ok(unmerged)
 }
 
-/// Processes of a user, kernel threads and the dead not among them.
+/// Returns the processes of a user.
 pub fn processes(user: u32) -> Result<Vec<i32>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
@@ -289,24 +288,24 @@ pub fn processes(user: u32) -> Result<Vec<i32>> {
     Ok(found)
 }
 
-/// Is the driver there, as a module or built in?
-pub fn is_driver_there() -> Result<bool> {
+/// Returns true if the driver is present, as a module or built in.
+pub fn driver_is_present() -> Result<bool> {
     Ok(fs::exists("/sys/class/devanon")?)
 }
 
-/// Is the driver there as a module?
-pub fn is_module() -> Result<bool> {
+/// Returns true if the driver is loaded as a module.
+pub fn module_is_loaded() -> Result<bool> {
     Ok(fs::exists("/sys/module/devanon/refcnt")?)
 }
 
 pub fn load_module() -> Result<()> {
-    if !is_driver_there()? {
+    if !driver_is_present()? {
         finit_module(File::open(MODULE).context(MODULE)?, c"", 0).context("loading the module")?;
     }
     Ok(())
 }
 
-/// Unloads the module; nothing may hold it any more.
+/// Unloads the module, which must have no users left.
 pub fn unload_module() -> Result<()> {
     let users = fs::read_to_string("/sys/module/devanon/refcnt")?;
     ensure!(
@@ -349,8 +348,8 @@ pub fn modprobe(modules: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Mounts a disk of the VM, which has ext4.
-pub fn disk(device: &str, directory: &str) -> Result<()> {
+/// Mounts an ext4 disk of the VM.
+pub fn mount_disk(device: &str, directory: &str) -> Result<()> {
     modprobe(&["virtio_blk", "ext4"])?;
     fs::create_dir_all(directory)?;
     mount(device, directory, "ext4", MountFlags::empty(), None).context(device.to_owned())

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Our own UML, patches/uml: what it keeps its memory in, what it gives back, what it can be asked for.
+//! Tests of our UML, patches/uml: where it keeps its memory, what it gives back, and memory hot-plug.
 
 use std::fs;
 use std::thread;
@@ -40,18 +40,19 @@ use crate::host::Memory;
 use crate::ktap;
 use crate::ktap::Place;
 use crate::ktap::Test;
+use crate::report;
 use crate::sandbox;
 
-/// Room for temporary files as memory, which /dev/shm here is too small for.
+/// A tmpfs for memory in temporary files, and for other large files: /dev/shm of the VM is too small.
 pub const ROOM: &str = "/room";
-/// The host's memory may exceed what the guest uses by so much once it has reported its free pages:
-/// each processor keeps some, and so does reporting itself when there are few.
+/// How much more than the guest uses the host may pay once free pages have been reported, in KiB. Each
+/// CPU keeps some free pages, and reporting stops when few are free.
 const EXCESS: i64 = 8 << 10;
-/// Free pages are reported after two seconds; a list of many takes up to sixteen turns.
-const REPORTED: Duration = Duration::from_secs(60);
+/// How long reporting may take. It starts after two seconds, and a long list takes up to sixteen rounds.
+const REPORTING_TIMEOUT: Duration = Duration::from_secs(60);
 
 struct State {
-    /// On the machine itself, and so on what every host has.
+    /// Run on the machine itself, with only the backings that every host has.
     here: bool,
 }
 
@@ -69,126 +70,120 @@ const TESTS: &[(Place, Test<State>)] = &[
     (Place::Vm, ("no /dev/anon: a memfd", no_device)),
     (
         Place::Vm,
-        ("/dev/anon may not be opened: a memfd", no_permission),
+        ("no permission to open /dev/anon: a memfd", no_permission),
     ),
     (
         Place::Vm,
-        ("something else under the name: a memfd", other_file),
+        ("/dev/anon is another file: a memfd", other_file),
     ),
-    (Place::Vm, ("/dev/anon: a file of its own", own_file)),
+    (
+        Place::Vm,
+        ("/dev/anon: a file created by the ioctl", own_file),
+    ),
+    (
+        Place::Vm,
+        ("/dev mounted noexec: still a file of /dev/anon", noexec),
+    ),
+    (
+        Place::Vm,
+        ("ioctl denied by a sandbox: the device itself", no_ioctl),
+    ),
     (
         Place::Vm,
         (
-            "/dev mounted noexec: a file of /dev/anon all the same",
-            noexec,
-        ),
-    ),
-    (
-        Place::Vm,
-        ("no ioctl in the sandbox: the device itself", no_ioctl),
-    ),
-    (
-        Place::Vm,
-        (
-            "no ioctl, and /dev mounted noexec: a memfd",
+            "ioctl denied, /dev mounted noexec: a memfd",
             no_ioctl_noexec,
         ),
     ),
     (
         Place::Vm,
         (
-            "no ioctl, no memfd, /dev mounted noexec: a temporary file",
-            nothing,
+            "ioctl and memfd denied, /dev mounted noexec: a temporary file",
+            only_temporary_file,
         ),
     ),
     (
         Place::Vm,
-        ("files may not be large: the device itself", small_files),
+        ("file size is limited: the device itself", small_files),
     ),
-    (Place::Vm, ("physmem= is obeyed", chosen)),
+    (Place::Vm, ("physmem= selects the backing", physmem_option)),
     (
         Place::Vm,
         (
             "physmem=anon without /dev/anon: no boot, and the reason",
-            refused,
+            physmem_anon_refused,
         ),
     ),
     (
         Place::Vm,
         (
-            "a temporary file where noexec is mounted: no boot, and the reason",
-            noexec_file,
+            "a temporary file on a noexec mount: no boot, and the reason",
+            noexec_temporary_file,
         ),
     ),
     (
         Place::Here,
-        (
-            "options that make no sense: no boot, and the reason",
-            nonsense,
-        ),
+        ("invalid options: no boot, and the reason", invalid_options),
     ),
     (
         Place::Both,
-        ("ptrace: right files, and free memory goes back", ptrace),
+        ("ptrace: files are correct, free memory goes back", ptrace),
     ),
     (Place::Both, ("seccomp: the same, on two backings", seccomp)),
+    (Place::Both, ("seccomp with two CPUs: the same", two_cpus)),
     (
-        Place::Both,
-        ("seccomp with two processors: the same", two_processors),
+        Place::Here,
+        ("page_reporting=off: free memory stays", reporting_off),
     ),
-    (Place::Here, ("page_reporting=off: it stays", not_reported)),
     (
         Place::Here,
         (
-            "poisoned pages: they stay, and are not taken for overwritten",
+            "page poisoning: free memory stays, and no corruption is reported",
             poisoned,
         ),
     ),
     (
         Place::Here,
-        ("page_reporting=9: small blocks stay", large_blocks),
+        ("page_reporting=9: small free blocks stay", reporting_order),
     ),
     (
         Place::Both,
         (
-            "half of the memory is taken and given back while the guest works",
+            "half of the memory is unplugged and plugged while the guest works",
             hot_plug,
         ),
     ),
     (
         Place::Here,
-        ("hot-plug: what cannot be done is refused", hot_plug_refused),
+        ("hot-plug: invalid requests are refused", hot_plug_refused),
     ),
     (
         Place::Here,
         (
-            "a guest lives with all of its memory taken that there is",
-            squeezed,
+            "a guest keeps working with as much unplugged as possible",
+            all_unplugged,
         ),
     ),
     (
         Place::Both,
-        (
-            "hot-plug with two processors, on two backings",
-            hot_plug_others,
-        ),
+        ("hot-plug with two CPUs, on two backings", hot_plug_two_cpus),
     ),
     (
         Place::Here,
         (
-            "a process of a guest is killed: the guest goes on",
+            "the host kills a process of a guest: the guest goes on",
             process_killed,
         ),
     ),
     (Place::Vm, ("SIGKILL leaves nothing behind", killed)),
     (
         Place::Vm,
-        ("sixteen guests, with 16 MiB of /dev/shm", sixteen),
+        ("sixteen guests with a /dev/shm of 16 MiB", sixteen_guests),
     ),
     (
         Place::Here,
         (
-            "a terminal as console: its helper holds no memory, and passes on its size",
+            "a terminal as console: its helper maps no guest memory, and forwards window sizes",
             terminal,
         ),
     ),
@@ -196,24 +191,17 @@ const TESTS: &[(Place, Test<State>)] = &[
 ];
 
 pub fn run(here: bool) -> bool {
-    let (prepared, elsewhere) = if here {
-        (make_room(), Place::Vm)
+    let (prepared, excluded) = if here {
+        (mount_room(), Place::Vm)
     } else {
         (prepare(), Place::Here)
     };
-    prepared && ktap::run(&ktap::choose(TESTS, Some(elsewhere)), &mut State { here })
+    prepared && ktap::run(&ktap::select(TESTS, Some(excluded)), &mut State { here })
 }
 
-fn good(prepared: Result<()>) -> bool {
-    if let Err(error) = &prepared {
-        eprintln!("devanon-uml: {error:#}");
-    }
-    prepared.is_ok()
-}
-
-/// Makes room for temporary files.
-pub fn make_room() -> bool {
-    let made = fs::create_dir_all(ROOM).map_err(Into::into).and_then(|()| {
+/// Mounts the tmpfs for temporary files.
+pub fn mount_room() -> bool {
+    let mounted = fs::create_dir_all(ROOM).map_err(Into::into).and_then(|()| {
         mount(
             "room",
             ROOM,
@@ -223,35 +211,35 @@ pub fn make_room() -> bool {
         )
         .context(ROOM)
     });
-    good(made)
+    report(mounted)
 }
 
-/// The same, and loads the module.
+/// Mounts the tmpfs for temporary files and loads the module.
 pub fn prepare() -> bool {
-    make_room() && good(host::load_module())
+    mount_room() && report(host::load_module())
 }
 
-/// A booted guest; it must have its memory there, and the log lines with "hysical memory" must be these.
-fn boots(setup: Setup, backing: Backing, lines: &[&str]) -> Result<Guest> {
+/// Boots a guest and checks its backing, and the log lines that match "hysical memory".
+fn boot(setup: Setup, backing: Backing, lines: &[&str]) -> Result<Guest> {
     let mut guest = setup.start()?;
     guest.wait_up()?;
     let is = guest.memory()?.backing;
-    ensure!(is == backing, "memory is in {is:?}, wanted {backing:?}");
-    let log = guest.log("hysical.memory")?;
+    ensure!(is == backing, "memory is in {is:?}, expected {backing:?}");
+    let log = guest.kernel_log("hysical.memory")?;
     ensure!(
         log.len() == lines.len() && log.iter().zip(lines).all(|(l, wanted)| l.ends_with(wanted)),
-        "the log has {log:?}, wanted {lines:?}"
+        "the log has {log:?}, expected {lines:?}"
     );
     Ok(guest)
 }
 
-/// Boots, and shuts down again.
-fn chooses(setup: Setup, backing: Backing, lines: &[&str]) -> Result<String> {
-    boots(setup, backing, lines)?.power_off()?;
+/// The same, then shuts the guest down.
+fn boot_and_stop(setup: Setup, backing: Backing, lines: &[&str]) -> Result<String> {
+    boot(setup, backing, lines)?.power_off()?;
     Ok(lines.join("\n"))
 }
 
-/// Does something with /dev mounted noexec.
+/// Runs `body` with /dev mounted noexec.
 fn with_noexec(body: impl FnOnce() -> Result<String>) -> Result<String> {
     mount_bind("/dev", "/dev").context("binding /dev")?;
     let result = mount_remount("/dev", MountFlags::BIND | MountFlags::NOEXEC, "")
@@ -272,7 +260,7 @@ fn no_device(_: &mut State) -> Result<String> {
         "Physical memory cannot be in /dev/anon: No such file or directory",
         ON_MEMFD,
     ];
-    let result = chooses(Setup::ours(1), Backing::Memfd, &lines);
+    let result = boot_and_stop(Setup::ours(1), Backing::Memfd, &lines);
     host::make_node()?;
     result
 }
@@ -283,7 +271,7 @@ fn no_permission(_: &mut State) -> Result<String> {
         "Physical memory cannot be in /dev/anon: Permission denied",
         ON_MEMFD,
     ];
-    let result = chooses(Setup::ours(1), Backing::Memfd, &lines);
+    let result = boot_and_stop(Setup::ours(1), Backing::Memfd, &lines);
     host::chmod(DEVICE, 0o666)?;
     result
 }
@@ -296,23 +284,23 @@ fn other_file(_: &mut State) -> Result<String> {
         "Physical memory cannot be in /dev/anon: No such device",
         ON_MEMFD,
     ];
-    let result = chooses(Setup::ours(1), Backing::Memfd, &lines);
+    let result = boot_and_stop(Setup::ours(1), Backing::Memfd, &lines);
     host::remove_node()?;
     host::make_node()?;
     result
 }
 
 fn own_file(_: &mut State) -> Result<String> {
-    chooses(Setup::ours(1), Backing::Anon, &[ON_FILE])
+    boot_and_stop(Setup::ours(1), Backing::Anon, &[ON_FILE])
 }
 
 fn noexec(_: &mut State) -> Result<String> {
-    with_noexec(|| chooses(Setup::ours(1), Backing::Anon, &[ON_FILE]))
+    with_noexec(|| boot_and_stop(Setup::ours(1), Backing::Anon, &[ON_FILE]))
 }
 
 fn no_ioctl(_: &mut State) -> Result<String> {
     let setup = Setup::ours(1).prepare(sandbox::no_ioctl);
-    let mut guest = boots(setup, Backing::Device, &[ON_DEVICE])?;
+    let mut guest = boot(setup, Backing::Device, &[ON_DEVICE])?;
     guest.say("unpack")?;
     guest.wait_workload()?;
     guest.power_off()?;
@@ -322,11 +310,11 @@ fn no_ioctl(_: &mut State) -> Result<String> {
 fn no_ioctl_noexec(_: &mut State) -> Result<String> {
     with_noexec(|| {
         let setup = Setup::ours(1).prepare(sandbox::no_ioctl);
-        chooses(setup, Backing::Memfd, &[NOT_PERMITTED, ON_MEMFD])
+        boot_and_stop(setup, Backing::Memfd, &[NOT_PERMITTED, ON_MEMFD])
     })
 }
 
-fn nothing(_: &mut State) -> Result<String> {
+fn only_temporary_file(_: &mut State) -> Result<String> {
     with_noexec(|| {
         let setup = Setup::ours(1)
             .prepare(sandbox::no_memfd)
@@ -336,27 +324,27 @@ fn nothing(_: &mut State) -> Result<String> {
             "Physical memory cannot be in a memfd: Operation not permitted",
             "Physical memory is in /room",
         ];
-        chooses(setup, Backing::File, &lines)
+        boot_and_stop(setup, Backing::File, &lines)
     })
 }
 
 fn small_files(_: &mut State) -> Result<String> {
     let setup = Setup::ours(1).prepare(sandbox::small_files);
-    chooses(setup, Backing::Device, &[ON_DEVICE])
+    boot_and_stop(setup, Backing::Device, &[ON_DEVICE])
 }
 
-fn chosen(_: &mut State) -> Result<String> {
+fn physmem_option(_: &mut State) -> Result<String> {
     for (backing, line) in [
         (Backing::Anon, ON_FILE),
         (Backing::Memfd, ON_MEMFD),
         (Backing::File, "Physical memory is in /room"),
     ] {
-        chooses(on(1, backing), backing, &[line])?;
+        boot_and_stop(on(1, backing), backing, &[line])?;
     }
     Ok(String::new())
 }
 
-/// A guest with its memory there, by an option.
+/// A guest with its memory in this backing, selected by options.
 pub fn on(number: usize, backing: Backing) -> Setup {
     let word = match backing {
         Backing::Anon | Backing::Device => "physmem=anon",
@@ -371,20 +359,20 @@ pub fn on(number: usize, backing: Backing) -> Setup {
     }
 }
 
-/// It must not boot, and say this, in one line.
-fn fails(setup: Setup, sentence: &str) -> Result<String> {
-    let (status, stderr) = setup.fails()?;
+/// UML must refuse to boot, with one line that contains this sentence.
+fn refuses(setup: Setup, sentence: &str) -> Result<String> {
+    let (status, stderr) = setup.run_to_exit()?;
     let said: Vec<&str> = stderr.lines().filter(|l| l.contains(sentence)).collect();
     ensure!(
         status == 1 && said.len() == 1,
-        "status {status}, wanted 1 and a line with \"{sentence}\": {stderr}"
+        "status {status}, expected 1 and one line with \"{sentence}\": {stderr}"
     );
     Ok(said.concat())
 }
 
-fn refused(_: &mut State) -> Result<String> {
+fn physmem_anon_refused(_: &mut State) -> Result<String> {
     host::remove_node()?;
-    let result = fails(
+    let result = refuses(
         Setup::ours(1).with(&["physmem=anon"]),
         "Physical memory cannot be in /dev/anon: No such file or directory",
     );
@@ -392,14 +380,14 @@ fn refused(_: &mut State) -> Result<String> {
     result
 }
 
-fn noexec_file(_: &mut State) -> Result<String> {
+fn noexec_temporary_file(_: &mut State) -> Result<String> {
     mount_remount(ROOM, MountFlags::NOEXEC, "size=1g,mode=1777")?;
-    let result = fails(on(1, Backing::File), "/room must be not mounted noexec");
+    let result = refuses(on(1, Backing::File), "/room must be not mounted noexec");
     mount_remount(ROOM, MountFlags::empty(), "size=1g,mode=1777")?;
     result
 }
 
-fn nonsense(_: &mut State) -> Result<String> {
+fn invalid_options(_: &mut State) -> Result<String> {
     let mut text = String::new();
     for (word, sentence) in [
         ("physmem=disk", "'disk', expected anon/memfd/file"),
@@ -408,23 +396,28 @@ fn nonsense(_: &mut State) -> Result<String> {
         ("page_reporting=-1", "'-1', expected off or 0 to 10"),
         ("page_reporting=on", "'on', expected off or 0 to 10"),
     ] {
-        text += &fails(Setup::ours(1).with(&[word]), sentence)?;
+        text += &refuses(Setup::ours(1).with(&[word]), sentence)?;
         text += "\n";
     }
     Ok(text)
 }
 
-/// Waits until the host pays for no more than the guest uses, and a little.
+/// Waits until the host pays for at most [`EXCESS`] more than the guest uses.
 pub fn wait_reported(guest: &Guest) -> Result<i64> {
     wait_excess(guest, EXCESS)
 }
 
-/// Waits until it pays for at most so many KiB more, or, below zero, for so many less.
+/// Waits until the host pays for at most `most` KiB more than the guest uses; negative means less.
 pub fn wait_excess(guest: &Guest, most: i64) -> Result<i64> {
-    wait_figure(guest, "what the host pays beyond it", Guest::excess, most)
+    wait_figure(
+        guest,
+        "what the host pays beyond what the guest uses",
+        Guest::excess,
+        most,
+    )
 }
 
-/// Waits until a figure is at most so many KiB, twice in a row: while pages are reported, they do not count
+/// Waits until a figure is at most `most` KiB twice in a row: pages that are being reported do not count
 /// as free.
 fn wait_figure(
     guest: &Guest,
@@ -432,7 +425,7 @@ fn wait_figure(
     figure: fn(&Guest) -> Result<i64>,
     most: i64,
 ) -> Result<i64> {
-    let end = Instant::now() + REPORTED;
+    let end = Instant::now() + REPORTING_TIMEOUT;
     let mut before = i64::MAX;
     loop {
         let now = figure(guest)?;
@@ -441,7 +434,7 @@ fn wait_figure(
         }
         ensure!(
             Instant::now() < end,
-            "{}: {what} is still {now} KiB, wanted {most}",
+            "{}: {what} is still {now} KiB, expected at most {most}",
             guest.name
         );
         before = now;
@@ -449,8 +442,8 @@ fn wait_figure(
     }
 }
 
-/// On each of these backings: right files, and after they are removed the host has their memory back.
-fn life(backings: &[Backing], arguments: &[&str]) -> Result<String> {
+/// On each backing: files are correct, and once they are removed the host gets their memory back.
+fn check_reporting(backings: &[Backing], arguments: &[&str]) -> Result<String> {
     let mut guests = Vec::new();
     for (number, &backing) in (1..).zip(backings) {
         guests.push((backing, on(number, backing).with(arguments).start()?));
@@ -471,7 +464,7 @@ fn life(backings: &[Backing], arguments: &[&str]) -> Result<String> {
         let excess = wait_reported(&guest)?;
         let cost = |guest: &Guest| Ok(guest.memory()?.cost);
         let after = wait_figure(&guest, "its cost", cost, full - (12 << 10))?;
-        // What came back is memory like any other.
+        // Memory that was reported is usable again.
         guest.say("unpack")?;
         guest.wait_workload()?;
         guest.power_off()?;
@@ -481,19 +474,19 @@ fn life(backings: &[Backing], arguments: &[&str]) -> Result<String> {
 }
 
 fn ptrace(state: &mut State) -> Result<String> {
-    life(&state.backings()[..1], &[])
+    check_reporting(&state.backings()[..1], &[])
 }
 
 fn seccomp(state: &mut State) -> Result<String> {
-    life(state.backings(), &["seccomp=on"])
+    check_reporting(state.backings(), &["seccomp=on"])
 }
 
-fn two_processors(state: &mut State) -> Result<String> {
-    life(&state.backings()[..1], &["seccomp=on", "ncpus=2"])
+fn two_cpus(state: &mut State) -> Result<String> {
+    check_reporting(&state.backings()[..1], &["seccomp=on", "ncpus=2"])
 }
 
-/// What the host still pays beyond the guest's use, some seconds after the guest forgot its files.
-fn unreported(arguments: &[&str]) -> Result<i64> {
+/// Returns the excess some seconds after the guest has removed its files and dropped its caches.
+fn excess_after_forget(arguments: &[&str]) -> Result<i64> {
     let mut guest = Setup::ours(1).with(arguments).start()?;
     guest.wait_up()?;
     guest.say("unpack")?;
@@ -506,8 +499,8 @@ fn unreported(arguments: &[&str]) -> Result<i64> {
     Ok(excess)
 }
 
-fn not_reported(_: &mut State) -> Result<String> {
-    let excess = unreported(&["page_reporting=off"])?;
+fn reporting_off(_: &mut State) -> Result<String> {
+    let excess = excess_after_forget(&["page_reporting=off"])?;
     ensure!(
         excess > EXCESS + (4 << 10),
         "only {excess} KiB more than in use"
@@ -518,24 +511,24 @@ fn not_reported(_: &mut State) -> Result<String> {
 fn poisoned(_: &mut State) -> Result<String> {
     let mut guest = Setup::ours(1).with(&["page_poison=1"]).start()?;
     guest.wait_up()?;
-    let log = guest.log("ree.memory.stays")?;
+    let log = guest.kernel_log("ree.memory.stays")?;
     ensure!(
         log.len() == 1 && log[0].ends_with("Free memory stays: it is poisoned"),
         "the log has {log:?}"
     );
     guest.say("unpack")?;
     guest.wait_workload()?;
-    // Memory that was taken and comes back reads as zeros, too.
+    // Memory that was unplugged also reads as zeros when it is plugged again.
     plug_cycles(&mut guest, 2)?;
-    let log = guest.log("-i.corruption")?;
+    let log = guest.kernel_log("-i.corruption")?;
     ensure!(log.is_empty(), "{log:?}");
     guest.power_off()?;
     Ok(String::new())
 }
 
-fn large_blocks(_: &mut State) -> Result<String> {
-    let all = unreported(&["page_reporting=0"])?;
-    let large = unreported(&["page_reporting=9"])?;
+fn reporting_order(_: &mut State) -> Result<String> {
+    let all = excess_after_forget(&["page_reporting=0"])?;
+    let large = excess_after_forget(&["page_reporting=9"])?;
     ensure!(
         all < large,
         "order 0: {all} KiB more than in use; order 9: {large}"
@@ -545,7 +538,7 @@ fn large_blocks(_: &mut State) -> Result<String> {
     ))
 }
 
-/// Takes half of the guest's memory and gives it back while it checks its files.
+/// Unplugs half of the guest's memory and plugs it again while the guest checks its files.
 fn plug_cycles(guest: &mut Guest, cycles: usize) -> Result<String> {
     let console = guest.mconsole()?;
     let half = guest.size() / 2;
@@ -600,7 +593,7 @@ fn hot_plug(state: &mut State) -> Result<String> {
     Ok(text)
 }
 
-fn hot_plug_others(state: &mut State) -> Result<String> {
+fn hot_plug_two_cpus(state: &mut State) -> Result<String> {
     for &backing in state.backings() {
         let setup = on(1, backing).size(256).with(&["seccomp=on", "ncpus=2"]);
         let mut guest = setup.start()?;
@@ -629,13 +622,13 @@ fn hot_plug_refused(_: &mut State) -> Result<String> {
     ] {
         match console.ask(&format!("config {words}"))? {
             Err(said) if said.contains(sentence) => text += &format!("{words}: {said}\n"),
-            answer => anyhow::bail!("{words}: {answer:?}, wanted \"{sentence}\""),
+            answer => anyhow::bail!("{words}: {answer:?}, expected \"{sentence}\""),
         }
     }
     // Nothing is unplugged, so nothing can be plugged.
     let (all, now) = console.plug(4)?;
     ensure!(!all && now.moved == 0 && now.unplugged == 0, "{now:?}");
-    // More than there is, by more than 64 bits hold, and by a little.
+    // More than the guest has: by far, and by a little.
     let more = format!("mem=+{}K", now.plugged + (1 << 10));
     for words in ["mem=-8000000000000M", &more] {
         let answer = console.ask(&format!("config {words}"))?;
@@ -652,7 +645,7 @@ fn hot_plug_refused(_: &mut State) -> Result<String> {
         let answer = console.ask(words)?;
         ensure!(answer.is_ok() == good, "{words}: {answer:?}");
     }
-    // All of it: what can be taken is, and comes back.
+    // Everything: unplugs as much as possible, and plugs it again.
     let (all, now) = console.plug(-guest.size())?;
     ensure!(!all && now.moved > 0, "{now:?}");
     let taken = now.unplugged;
@@ -664,7 +657,7 @@ fn hot_plug_refused(_: &mut State) -> Result<String> {
     Ok(text)
 }
 
-fn squeezed(_: &mut State) -> Result<String> {
+fn all_unplugged(_: &mut State) -> Result<String> {
     let mut guest = Setup::ours(1).start()?;
     guest.wait_up()?;
     guest.say("unpack")?;
@@ -672,7 +665,7 @@ fn squeezed(_: &mut State) -> Result<String> {
     let console = guest.mconsole()?;
     let (all, now) = console.plug(-guest.size())?;
     ensure!(!all && now.moved == now.unplugged, "{now:?}");
-    // Once more: there is nothing left.
+    // Asked again, it finds next to nothing.
     let (all, more) = console.plug(-(16 << 10))?;
     ensure!(!all && more.moved < 4 << 10, "{more:?}");
     let meminfo = console.proc("meminfo")?;
@@ -685,14 +678,14 @@ fn squeezed(_: &mut State) -> Result<String> {
         guest.say("check")?;
         guest.wait_workload()?;
     }
-    let killed = guest.log("-i.kill")?;
+    let killed = guest.kernel_log("-i.kill")?;
     ensure!(killed.is_empty(), "{killed:?}");
     let cost = guest.memory()?.cost;
     let (all, now) = console.plug(console.plugged()?.unplugged)?;
     ensure!(all, "{now:?}");
     guest.power_off()?;
     Ok(format!(
-        "{} KiB taken, {available} available, the host pays {cost} KiB",
+        "{} KiB unplugged, {available} KiB available, the host pays {cost} KiB",
         now.moved
     ))
 }
@@ -710,18 +703,18 @@ fn process_killed(_: &mut State) -> Result<String> {
             .into_iter()
             .find(|pid| !before.contains(pid))
             .context("the sleeper has no process on the host")?;
-        kill_process(Pid::from_raw(sleeper).context("process 0")?, Signal::KILL)?;
+        kill_process(Pid::from_raw(sleeper).context("PID 0")?, Signal::KILL)?;
         guest.say("wake")?;
         guest.expect("guest: awake")?;
         guest.say("check")?;
         guest.wait_workload()?;
         guest.power_off()?;
     }
-    nothing_left()
+    wait_no_processes()
 }
 
-/// No process of the guests' user is left.
-fn nothing_left() -> Result<String> {
+/// Waits until no process of the guests' user is left.
+fn wait_no_processes() -> Result<String> {
     let end = Instant::now() + Duration::from_secs(10);
     loop {
         let left = host::processes(USER)?;
@@ -748,8 +741,8 @@ fn killed(_: &mut State) -> Result<String> {
         let held = guest.memory()?.cost;
         guest.kill(Signal::KILL)?;
         guest.wait(&[128 + 9])?;
-        nothing_left()?;
-        let after = Memory::with_shmem(before.shmem)?;
+        wait_no_processes()?;
+        let after = Memory::wait_shmem(before.shmem)?;
         text += &format!(
             "{arguments:?}: held {held} KiB; Shmem {} KiB, then {}\n",
             before.shmem, after.shmem
@@ -758,7 +751,7 @@ fn killed(_: &mut State) -> Result<String> {
     Ok(text)
 }
 
-fn sixteen(_: &mut State) -> Result<String> {
+fn sixteen_guests(_: &mut State) -> Result<String> {
     const GUESTS: usize = 16;
     mount_remount("/dev/shm", MountFlags::empty(), "size=16m,mode=1777")?;
     let before = Memory::now()?;
@@ -770,7 +763,7 @@ fn sixteen(_: &mut State) -> Result<String> {
     for guest in &mut guests {
         guest.wait_up()?;
     }
-    // Four of them work.
+    // Four of them run the workload.
     for guest in &mut guests[..4] {
         guest.say("unpack")?;
     }
@@ -783,7 +776,7 @@ fn sixteen(_: &mut State) -> Result<String> {
         ensure!(cost > least, "{}: only {cost} KiB", guest.name);
         total += cost;
     }
-    let (used, size) = host::filesystem("/dev/shm")?;
+    let (used, size) = host::filesystem_usage("/dev/shm")?;
     ensure!(
         size == 16 << 10 && used < 1024,
         "/dev/shm: {used} of {size} KiB"
@@ -792,7 +785,7 @@ fn sixteen(_: &mut State) -> Result<String> {
         guest.power_off()?;
     }
     drop(guests);
-    Memory::with_shmem(before.shmem)?;
+    Memory::wait_shmem(before.shmem)?;
     mount_remount("/dev/shm", MountFlags::empty(), "size=8m,mode=1777")?;
     Ok(format!("{total} KiB in all"))
 }
@@ -821,12 +814,16 @@ fn terminal(_: &mut State) -> Result<String> {
             fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("linux"))
         })
         .collect();
-    ensure!(helpers.len() == 1, "{} helpers, wanted one", helpers.len());
+    ensure!(
+        helpers.len() == 1,
+        "{} helpers, expected one",
+        helpers.len()
+    );
     let (_, of_helper) = host::mappings(helpers[0])?;
     let (_, of_guest) = host::mappings(guest.pid())?;
     ensure!(
         of_helper == 0 && of_guest > 0,
-        "{of_helper} mappings of the memory in the helper, {of_guest} in UML"
+        "{of_helper} mappings of guest memory in the helper, {of_guest} in UML"
     );
 
     for (rows, columns) in [(31, 97), (25, 80)] {
@@ -847,18 +844,18 @@ fn terminal(_: &mut State) -> Result<String> {
             }
             ensure!(
                 Instant::now() < end,
-                "the guest's console is {is}, wanted {wanted}"
+                "the guest's console is {is}, expected {wanted}"
             );
             thread::sleep(Duration::from_millis(200));
         }
     }
     guest.say("poweroff")?;
     guest.wait(POWERED_OFF)?;
-    nothing_left()
+    wait_no_processes()
 }
 
 fn unload(_: &mut State) -> Result<String> {
-    if !host::is_module()? {
+    if !host::module_is_loaded()? {
         return Ok(format!("{}the driver is built in", ktap::SKIP));
     }
     host::unload_module()?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The life of a Debian guest, and what it costs: JSON lines for devanon-plot.
+//! Follows a Debian guest from boot to shutdown and measures its cost: JSON lines for devanon-plot.
 
 use std::io;
 use std::mem;
@@ -24,12 +24,12 @@ use crate::kernel::on;
 use crate::kernel::prepare;
 use crate::mconsole::Console;
 
-/// What the guest believes to have, in MiB.
+/// The guest's memory size, in MiB.
 const SIZE: u32 = 256;
-/// Long enough for all that is free to be reported.
+/// Long enough for all free pages to be reported.
 const IDLE: Duration = Duration::from_secs(45);
 
-/// As UML is today: its memory is a temporary file on tmpfs, and what is free stays in there.
+/// UML as it is today does not report free pages: they stay in its memory file.
 pub const TODAY: &[&str] = &["page_reporting=off"];
 
 pub fn figure(name: &str, value: f64, unit: &str, goal: Option<f64>) {
@@ -69,7 +69,7 @@ fn sample(
             }})
             .to_string())
         };
-        // At the very beginning there is no memory yet, and at the end no more.
+        // There is no memory file before the guest creates it, and none after it has exited.
         if let Ok(line) = line() {
             println!("{line}");
         }
@@ -77,8 +77,8 @@ fn sample(
     }
 }
 
-/// Host memory at the login prompt, at its most, and at the end; what of the last the guest has no
-/// use for. In KiB.
+/// Host memory at the login prompt, after the work, and at the end, and how much of the last exceeds
+/// the guest's use, in KiB.
 struct Costs {
     prompt: i64,
     most: i64,
@@ -86,7 +86,7 @@ struct Costs {
     excess: i64,
 }
 
-fn life(run: &'static str, title: &str, mut guest: Guest) -> Result<Costs> {
+fn follow(run: &'static str, title: &str, mut guest: Guest) -> Result<Costs> {
     println!("{}", json!({"run": {"run": run, "title": title}}));
     let start = Instant::now();
     let phase = |name: &str| {
@@ -138,13 +138,13 @@ fn life(run: &'static str, title: &str, mut guest: Guest) -> Result<Costs> {
 }
 
 pub fn run() -> Result<()> {
-    ensure!(prepare(), "the VM is not as it should be");
-    let ours = life(
+    ensure!(prepare(), "cannot prepare the VM");
+    let ours = follow(
         "anon",
         "/dev/anon, free pages reported",
         on(1, Backing::Anon).debian().size(SIZE).start()?,
     )?;
-    let today = life(
+    let today = follow(
         "tmpfs",
         "a file on tmpfs, as today",
         on(1, Backing::File)
@@ -186,10 +186,10 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
-/// Processor time that the children we waited for have used, and their children: under -icount a
-/// nanosecond is an instruction.
+/// CPU time of all descendants that have been waited for. With -icount a nanosecond is an
+/// instruction.
 fn instructions() -> Result<f64> {
-    // SAFETY: a rusage of zeros is one, and it is written to.
+    // SAFETY: all zeros is a valid rusage, and the kernel writes to it.
     let usage = unsafe {
         let mut usage: libc::rusage = mem::zeroed();
         if libc::getrusage(libc::RUSAGE_CHILDREN, &raw mut usage) != 0 {
@@ -202,13 +202,13 @@ fn instructions() -> Result<f64> {
 }
 
 /// A guest that does not report free pages.
-fn silent(backing: Backing) -> Setup {
+fn without_reporting(backing: Backing) -> Setup {
     on(1, backing).with(TODAY)
 }
 
-/// All instructions of a guest's life: its boot to the login prompt, some work or none, its end.
-pub fn cost(setup: Setup, work: &[&str]) -> Result<f64> {
-    let words = setup.words();
+/// Counts the instructions of a guest from boot to power off, with some work or none.
+pub fn instructions_of(setup: Setup, work: &[&str]) -> Result<f64> {
+    let command = setup.command_line();
     let before = instructions()?;
     let mut guest = setup.debian().size(SIZE).start()?;
     guest.wait_up()?;
@@ -219,18 +219,18 @@ pub fn cost(setup: Setup, work: &[&str]) -> Result<f64> {
     guest.power_off()?;
     let cost = instructions()? - before;
     eprintln!(
-        "devanon-uml: {words}, work {work:?}: {:.2} thousand million instructions",
+        "devanon-uml: {command}, work {work:?}: {:.2} billion instructions",
         cost / 1e9
     );
     Ok(cost)
 }
 
 pub fn count() -> Result<()> {
-    ensure!(prepare(), "the VM is not as it should be");
-    // The first guest also pays for what the host does once.
-    cost(silent(Backing::File), &[])?;
-    let tmpfs = cost(silent(Backing::File), &[])?;
-    let anon = cost(silent(Backing::Anon), &[])?;
+    ensure!(prepare(), "cannot prepare the VM");
+    // The first guest also pays for one-time work of the host.
+    instructions_of(without_reporting(Backing::File), &[])?;
+    let tmpfs = instructions_of(without_reporting(Backing::File), &[])?;
+    let anon = instructions_of(without_reporting(Backing::Anon), &[])?;
     figure(
         "instructions of a boot to the login prompt, /dev/anon against tmpfs",
         anon / tmpfs,
@@ -238,8 +238,8 @@ pub fn count() -> Result<()> {
         Some(1.02),
     );
     let work = ["unpack", "compile", "check", "forget", "unpack", "compile"];
-    let unreported = cost(silent(Backing::Anon), &work)?;
-    let reported = cost(on(1, Backing::Anon), &work)?;
+    let unreported = instructions_of(without_reporting(Backing::Anon), &work)?;
+    let reported = instructions_of(on(1, Backing::Anon), &work)?;
     figure(
         "instructions of a workload, free pages reported against not",
         reported / unreported,
@@ -249,16 +249,16 @@ pub fn count() -> Result<()> {
     Ok(())
 }
 
-/// The same life on /dev/anon and on tmpfs, for devanon-report. Free pages are not reported in either,
-/// so that both do the same.
+/// Counts the same boot and workload on /dev/anon and on tmpfs, for devanon-report. Neither guest reports
+/// free pages, so that both do the same work.
 pub fn bench() -> Result<()> {
-    ensure!(prepare(), "the VM is not as it should be");
-    // The first guest also pays for what the host does once.
+    ensure!(prepare(), "cannot prepare the VM");
+    // The first guest also pays for one-time work of the host.
     let mut guest = on(1, Backing::File).start()?;
     guest.wait_up()?;
     guest.power_off()?;
     for (subject, backing) in [("tmpfs", Backing::File), ("ioctl", Backing::Anon)] {
-        let value = cost(silent(backing), &["unpack", "compile", "forget"])?;
+        let value = instructions_of(without_reporting(backing), &["unpack", "compile", "forget"])?;
         println!(
             "{}",
             json!({"measure": {

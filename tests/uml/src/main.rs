@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! UML guests on `/dev/anon`. Runs as root in the test VM, with the tree that scripts/uml-guest
-//! makes. Standard output has tests in KTAP, a demonstration's table, or what devanon-plot reads.
+//! Tests and demonstrations of UML guests on `/dev/anon`. Runs as root in the test VM, on the tree
+//! that scripts/uml-guest builds. Writes KTAP, a table, or JSON lines for devanon-plot and
+//! devanon-report to standard output.
 
 mod demo;
 mod guest;
@@ -23,52 +24,54 @@ use anyhow::Result;
 use clap::Parser;
 use clap::ValueEnum;
 
-/// UML guests on /dev/anon, inside the test VM
+/// Run tests and demonstrations of UML guests on /dev/anon, inside the test VM
 ///
-/// Exit status: 0 all is well, 1 something failed, 2 wrong usage.
+/// Exit status: 0 success, 1 something failed, 2 usage error.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
     scenario: Scenario,
-    /// The kernel has patches/host: a node opened before its driver was there works
+    /// For unmodified: the kernel has patches/host, so a node opened before its driver was loaded works
     #[arg(long)]
     node_works: bool,
-    /// Of userland and ubd: more of everything
+    /// For userland and ubd: the long form
     #[arg(long)]
     long: bool,
-    /// Of kernel, userland and ubd: not in the VM but on a machine that has no /dev/anon and is left as it is
+    /// For kernel, userland and ubd: run on this machine instead of in the VM, without /dev/anon and without changing
+    /// the machine
     #[arg(long)]
     here: bool,
-    /// Of savings: a few guests each way, and no search for when the host swaps
+    /// For savings: start a few guests each way, and do not go on until the host swaps
     #[arg(long)]
     short: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Scenario {
-    /// Tests: Debian's unmodified UML, by devanon-run
+    /// Test Debian's unmodified UML, started by devanon-run
     Unmodified,
-    /// Tests: our UML, its options, reporting, hot-plug
+    /// Test our UML: its options, page reporting, hot-plug
     Kernel,
-    /// Tests: a Debian userland on our UML
+    /// Test a Debian userland on our UML
     Userland,
-    /// Tests: pages of an image mapped into the guest, ubd=mmap
+    /// Test ubd=mmap: pages of an image mapped into the guest
     Ubd,
-    /// Shows the host's memory with guests and without
+    /// Show the host's memory with and without guests
     Demo,
-    /// The life of a Debian guest, on /dev/anon and as it is today: samples and figures
+    /// Follow a Debian guest from boot to shutdown, on /dev/anon and on tmpfs as today: samples and figures
     Life,
-    /// What /dev/anon and reporting cost in instructions: figures (for a VM with --icount)
+    /// Count the instructions that /dev/anon and page reporting cost: figures (for a VM with --icount)
     Count,
-    /// What a host pays for guests from one image, with and without ubd=mmap: samples and figures
+    /// Measure host memory for guests of one image, with and without ubd=mmap: samples and figures
     Savings,
-    /// What that costs in instructions: figures (for a VM with --icount)
+    /// Count the instructions that ubd=mmap costs: figures (for a VM with --icount)
     SavingsCount,
-    /// A guest's boot and work on /dev/anon and on tmpfs: measures (for a VM with --icount)
+    /// Count the instructions of a guest's boot and work on /dev/anon and on tmpfs: measures (for a VM with --icount)
     Bench,
 }
 
-fn shown(result: Result<()>) -> bool {
+/// Prints the error, if any. Returns true on success.
+pub fn report(result: Result<()>) -> bool {
     if let Err(error) = &result {
         eprintln!("devanon-uml: {error:#}");
     }
@@ -77,19 +80,19 @@ fn shown(result: Result<()>) -> bool {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let good = match args.scenario {
+    let success = match args.scenario {
         Scenario::Unmodified => unmodified::run(args.node_works),
         Scenario::Kernel => kernel::run(args.here),
         Scenario::Userland => userland::run(args.long, args.here),
         Scenario::Ubd => ubd::run(args.long, args.here),
-        Scenario::Demo => shown(demo::run()),
-        Scenario::Life => shown(life::run()),
-        Scenario::Count => shown(life::count()),
-        Scenario::Savings => shown(savings::run(args.short)),
-        Scenario::SavingsCount => shown(savings::count()),
-        Scenario::Bench => shown(life::bench()),
+        Scenario::Demo => report(demo::run()),
+        Scenario::Life => report(life::run()),
+        Scenario::Count => report(life::count()),
+        Scenario::Savings => report(savings::run(args.short)),
+        Scenario::SavingsCount => report(savings::count()),
+        Scenario::Bench => report(life::bench()),
     };
-    if good {
+    if success {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE

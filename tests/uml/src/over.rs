@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A program maps a file over half of its pages of /dev/anon, and the host has that half back.
+//! A program maps a file over half of its /dev/anon pages; the host gets that half back.
 
 use std::fs;
 use std::fs::File;
@@ -16,7 +16,7 @@ use rustix::mm::ProtFlags;
 use rustix::mm::mmap;
 use rustix::mm::munmap;
 
-use crate::guest::RUN;
+use crate::guest::DEVANON_RUN;
 use crate::host::DEVICE;
 use crate::host::Memory;
 use crate::host::SHMEM_TOLERANCE;
@@ -27,26 +27,26 @@ const HALF: usize = BYTES / 2;
 const PAGE: usize = 4096;
 const FILL: u8 = 0xa5;
 
-/// Goes through the steps, checks each, and shows it.
+/// Runs the steps, and checks and shows the memory after each.
 pub fn run(mut show: impl FnMut(&str, Memory)) -> Result<()> {
     let used = (BYTES >> 10) as i64;
     let device = OpenOptions::new().read(true).write(true).open(DEVICE)?;
-    let file = File::open(RUN)?;
-    // Whole pages of the file, again and again over the first half.
-    let mut contents = fs::read(RUN)?;
+    let file = File::open(DEVANON_RUN)?;
+    // Whole pages of the file, repeated over the first half.
+    let mut contents = fs::read(DEVANON_RUN)?;
     contents.truncate(contents.len() & !(PAGE - 1));
-    let rights = ProtFlags::READ | ProtFlags::WRITE;
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
 
     let before = Memory::now()?;
     show("before", before);
     let mut step = |what, used| {
-        show(what, after(before, used).context(what)?);
+        show(what, memory_after(before, used).context(what)?);
         anyhow::Ok(())
     };
-    // SAFETY: a new mapping, at an address of the kernel's choice, in nobody else's use; all of it
-    // may be written to. What is mapped over it lies within it, before anything refers to it.
+    // SAFETY: a new, writable mapping, at an address chosen by the kernel. The file is mapped within
+    // it, before any reference into it exists.
     let (start, memory) = unsafe {
-        let start = mmap(ptr::null_mut(), BYTES, rights, MapFlags::SHARED, &device, 0)?;
+        let start = mmap(ptr::null_mut(), BYTES, prot, MapFlags::SHARED, &device, 0)?;
         start.cast::<u8>().write_bytes(FILL, BYTES);
         step("all of them written to", used)?;
         let flags = MapFlags::PRIVATE | MapFlags::FIXED;
@@ -63,29 +63,30 @@ pub fn run(mut show: impl FnMut(&str, Memory)) -> Result<()> {
         }
         (start, slice::from_raw_parts(start.cast::<u8>(), BYTES))
     };
-    let (over, rest) = memory.split_at(HALF);
+    let (replaced, rest) = memory.split_at(HALF);
     ensure!(
-        over.chunks(contents.len())
+        replaced
+            .chunks(contents.len())
             .all(|c| c == &contents[..c.len()]),
-        "the half that was mapped over is not the file"
+        "the half that was mapped over does not read as the file"
     );
     ensure!(
         rest.chunks(PAGE).all(|page| page == [FILL; PAGE]),
         "the other half has changed"
     );
     step("a file mapped over half of them", used / 2)?;
-    // SAFETY: nothing refers to the memory any more.
+    // SAFETY: no reference into the memory is used from here on.
     unsafe { munmap(start, BYTES)? };
     step("all unmapped", 0)
 }
 
-/// Both figures show that so many KiB of /dev/anon are in use, of Shmem and of free memory.
-fn after(before: Memory, used: i64) -> Result<Memory> {
-    let now = Memory::with_free(before.free - used)?;
+/// Checks that Shmem has grown and free memory has shrunk by `used` KiB.
+fn memory_after(before: Memory, used: i64) -> Result<Memory> {
+    let now = Memory::wait_free(before.free - used)?;
     let shmem = now.shmem - before.shmem;
     ensure!(
         (shmem - used).abs() <= SHMEM_TOLERANCE,
-        "Shmem has grown by {shmem} KiB, wanted {used}"
+        "Shmem has grown by {shmem} KiB, expected {used}"
     );
     Ok(now)
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a sandbox on the host may refuse a UML. Each function is for the child between fork and exec.
+//! Restrictions that a sandbox on the host may impose on UML. Each function runs in the child between fork and exec.
 
 use std::io;
 
@@ -26,7 +26,7 @@ fn install(filter: &[libc::sock_filter]) -> io::Result<()> {
         len: filter.len() as u16,
         filter: filter.as_ptr().cast_mut(),
     };
-    // SAFETY: the kernel copies the program, and does not write to it.
+    // SAFETY: the kernel copies the program and does not write to it.
     let failed = unsafe {
         libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
             || libc::prctl(
@@ -41,7 +41,7 @@ fn install(filter: &[libc::sock_filter]) -> io::Result<()> {
     Ok(())
 }
 
-/// No new file of /dev/anon.
+/// Denies DEVANON_IOC_NEW with EPERM.
 pub fn no_ioctl() -> io::Result<()> {
     install(&[
         op(LOAD, 0, 0, NUMBER),
@@ -53,7 +53,7 @@ pub fn no_ioctl() -> io::Result<()> {
     ])
 }
 
-/// No memfd, either. UML then makes the program of its processes a temporary file, too.
+/// Denies memfd_create() as well. UML then also puts the program for its processes in a temporary file.
 pub fn no_memfd() -> io::Result<()> {
     install(&[
         op(LOAD, 0, 0, NUMBER),
@@ -64,13 +64,13 @@ pub fn no_memfd() -> io::Result<()> {
     no_ioctl()
 }
 
-/// No file larger than a MiB.
+/// Limits the size of files to 1 MiB.
 pub fn small_files() -> io::Result<()> {
     let limit = libc::rlimit {
         rlim_cur: 1 << 20,
         rlim_max: 1 << 20,
     };
-    // SAFETY: the limit is read.
+    // SAFETY: `limit` is only read.
     match unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

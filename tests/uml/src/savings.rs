@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Debian guests from one image, one after another, until the host swaps: as UML is today, on
-//! /dev/anon, and with `ubd=mmap`. JSON lines for devanon-plot.
+//! Starts Debian guests from one image until the host swaps: with UML as it is today, on /dev/anon,
+//! and with `ubd=mmap`. JSON lines for devanon-plot.
 
 use std::collections::HashMap;
 use std::collections::HashSet;
@@ -32,26 +32,26 @@ use crate::host::Memory;
 use crate::kernel::on;
 use crate::kernel::prepare;
 use crate::life::TODAY;
-use crate::life::cost;
 use crate::life::figure;
+use crate::life::instructions_of;
 use crate::life::mib;
 use crate::ubd::Counters;
 
-/// What each guest believes to have, in MiB.
+/// Memory size of each guest, in MiB.
 const SIZE: u32 = 256;
-/// All that is free at the login prompt is reported after that, and what was written is on the disk.
+/// Long enough after the login prompt for free pages to be reported and written data to reach the disk.
 const IDLE: Duration = Duration::from_secs(15);
-/// No host here has room for more.
-const MANY: usize = 60;
-/// With so much memory available, in KiB, of which some is pages of the image that are mapped, the host does not swap for
-/// two guests more.
-const FOR_TWO: i64 = 160 << 10;
+/// More than the host has room for.
+const MAX_GUESTS: usize = 60;
+/// With this much MemAvailable, in KiB, the host can start two more guests without swapping. It includes mapped
+/// pages of the image.
+const ROOM_FOR_TWO: i64 = 160 << 10;
 const PAGE: usize = 4096;
 
-/// Of our UML. Guests boot faster, or it would take more than an hour; their memory is the same.
+/// Guests boot faster in this mode. Without it the run takes over an hour. Memory use is the same.
 const MODE: &str = "seccomp=on";
 
-/// A way to run guests.
+/// A way to run guests that is compared with the others.
 struct Way {
     run: &'static str,
     title: &'static str,
@@ -76,30 +76,31 @@ const WAYS: [Way; 3] = [
     },
 ];
 
-/// So many guests are looked at in detail: one and some twos. In the short form they are all.
-fn few(short: bool) -> usize {
+/// The number of guests that are examined in detail: an odd number, as after the first they start in pairs.
+/// The short form starts no more.
+fn examined(short: bool) -> usize {
     if short { 3 } else { 9 }
 }
 
-/// How many guests to start next, with `running` there. Two take less time together, but what is measured
-/// is the first one, then what a `few` take, and whether the host swaps for a single one more.
-fn at_once(running: usize) -> Result<usize> {
+/// How many guests to start next. Two at once take less time. Guests are started singly to measure the first,
+/// and near the limit, to find at which guest the host swaps.
+fn batch_size(running: usize) -> Result<usize> {
     let meminfo = fs::read_to_string("/proc/meminfo")?;
-    let room = host::field(&meminfo, "MemAvailable")? > FOR_TWO;
+    let room = host::field(&meminfo, "MemAvailable")? > ROOM_FOR_TWO;
     Ok(if room && running > 0 { 2 } else { 1 })
 }
 
-/// What came of a way, in KiB for a guest, with so many of them.
+/// The results of one way. `memory` and `pss` are per guest, in KiB.
 struct Outcome {
     memory: i64,
     pss: i64,
     copies: f64,
-    /// None in the short form.
+    /// How many guests run before the host swaps; None in the short form.
     guests: Option<usize>,
 }
 
-/// The image on a disk, with room for COW files, and swap on another one.
-fn disks() -> Result<()> {
+/// Mounts the disk that has the image and room for COW files, and enables swap on another disk.
+fn prepare_disks() -> Result<()> {
     let run = |program: &str, arguments: &[&str]| -> Result<()> {
         let status = Command::new(program).args(arguments).status();
         ensure!(
@@ -108,7 +109,7 @@ fn disks() -> Result<()> {
         );
         Ok(())
     };
-    host::disk("/dev/vda", "/var")?;
+    host::mount_disk("/dev/vda", "/var")?;
     host::chmod("/var", 0o777)?;
     std::os::unix::fs::symlink("/var/debian.img", IMAGE).context(IMAGE)?;
     run("mkswap", &["/dev/vdb"])?;
@@ -123,15 +124,15 @@ fn vmstat(name: &str) -> Result<i64> {
     Ok(value.with_context(|| name.to_owned())?.parse()?)
 }
 
-/// UML and the processes that are its guest's.
+/// UML and its guest's processes.
 fn processes(guest: &Guest) -> Result<Vec<i32>> {
     let mut all = host::children(guest.pid())?;
     all.push(guest.pid());
     Ok(all)
 }
 
-/// Fields of one of /proc/PID's files, each as the sum over a guest's processes. Those that have ended
-/// have none, whether they were waited for or not.
+/// Sums fields of a /proc/PID file over a guest's processes. Processes that have exited are
+/// skipped, reaped or not.
 fn sums<const N: usize>(guest: &Guest, file: &str, names: [&str; N]) -> Result<[i64; N]> {
     let mut sums = [0; N];
     for pid in processes(guest)? {
@@ -153,16 +154,16 @@ fn is_gone(error: &io::Error) -> bool {
     error.kind() == ErrorKind::NotFound || error.raw_os_error() == Some(Errno::SRCH.raw_os_error())
 }
 
-/// A page that a process has mapped, of its guest's memory file or of the image.
-struct Present {
+/// A page of the guest's memory file or of the image that is present in a process's page tables.
+struct PresentPage {
     of_image: bool,
-    /// Where, and its offset in the file; in pages.
+    /// Address and offset in the file, in pages.
     address: u64,
     offset: u64,
 }
 
-/// Those that are there: none must be brought in by looking.
-fn present(pid: i32) -> Result<Vec<Present>> {
+/// Returns the present pages. Uses pagemap, so that looking does not fault pages in.
+fn present_pages(pid: i32) -> Result<Vec<PresentPage>> {
     const PRESENT: u64 = 1 << 63;
     let mut found = Vec::new();
     let pagemap = File::open(format!("/proc/{pid}/pagemap"))?;
@@ -180,7 +181,7 @@ fn present(pid: i32) -> Result<Vec<Present>> {
             let mut entry = [0; 8];
             pagemap.read_exact_at(&mut entry, address * 8)?;
             if u64::from_ne_bytes(entry) & PRESENT != 0 {
-                found.push(Present {
+                found.push(PresentPage {
                     of_image,
                     address,
                     offset: offset + (address - start),
@@ -191,7 +192,8 @@ fn present(pid: i32) -> Result<Vec<Present>> {
     Ok(found)
 }
 
-/// Kinds of page frames, by bits of the guest's /proc/kpageflags: the first that has one of a frame's.
+/// Kinds of page frames, by bits in the guest's /proc/kpageflags. The first kind that shares a bit with the
+/// frame applies.
 const KINDS: [(&str, u64); 8] = [
     ("free", 1 << 10),
     ("slab", 1 << 7),
@@ -206,17 +208,17 @@ const KINDS: [(&str, u64); 8] = [
     ),
 ];
 
-/// Each page of the memory file, by what the guest has in it. For that somebody has to log in.
+/// Classifies each page of the memory file by what the guest uses it for. This requires a login.
 fn page_by_page(way: &Way, guest: &mut Guest) -> Result<()> {
     guest.log_in()?;
-    // Lines that are equal come once, and a "*" for the others.
-    let lines = guest.lines("od -A x -t x8 -w8 /proc/kpageflags")?;
-    // What the login and this have freed is reported.
+    // od prints a "*" in place of repeated lines.
+    let lines = guest.output_of("od -A x -t x8 -w8 /proc/kpageflags")?;
+    // Wait until memory that the login and od have freed is reported.
     thread::sleep(IDLE);
     let mut frames = HashSet::new();
     for pid in processes(guest)? {
-        // Of one that has just ended there is nothing; the sum would tell.
-        let Ok(pages) = present(pid) else {
+        // The process may have just exited. If that matters, the sum below does not match.
+        let Ok(pages) = present_pages(pid) else {
             continue;
         };
         let of_memory = pages.into_iter().filter(|page| !page.of_image);
@@ -230,7 +232,7 @@ fn page_by_page(way: &Way, guest: &mut Guest) -> Result<()> {
         let Ok(at) = usize::from_str_radix(at, 16) else {
             continue;
         };
-        // The last one again for each that was left out. At the very end there is only where that is.
+        // Repeats the last kind for each line left out. The last line has only an offset.
         let last = kinds.last().copied().unwrap_or(0);
         kinds.resize(at / 8, last);
         if !flags.is_empty() {
@@ -256,12 +258,12 @@ fn page_by_page(way: &Way, guest: &mut Guest) -> Result<()> {
     let found = frames.len() as i64 * PAGE as i64 / 1024;
     ensure!(
         (found - cost).abs() < 512,
-        "{found} KiB were found in the memory file, which costs {cost} KiB"
+        "found {found} KiB of the memory file, which costs {cost} KiB"
     );
     Ok(())
 }
 
-/// Which pages of the image these are, by what is in them.
+/// The pages of the image, by their content. Pages of zeros are left out.
 struct Image {
     hasher: RandomState,
     pages: HashMap<u64, u64>,
@@ -282,13 +284,13 @@ impl Image {
         Ok(Self { hasher, pages })
     }
 
-    /// What a guest has of it: as copies in its memory, and mapped.
+    /// Returns the pages of the image that a guest has copied to its memory, and those that it has mapped.
     fn held(&self, guest: &Guest) -> Result<(HashSet<u64>, HashSet<u64>)> {
         let (mut copies, mut mapped) = (HashSet::new(), HashSet::new());
         let memory = File::open(format!("/proc/{}/mem", guest.pid()))?;
         let mut page = [0; PAGE];
-        for at in present(guest.pid())? {
-            // What UML itself may not read here is mapped a second time.
+        for at in present_pages(guest.pid())? {
+            // Pages that UML maps without read access are mapped a second time.
             if memory
                 .read_exact_at(&mut page, at.address * PAGE as u64)
                 .is_err()
@@ -306,8 +308,9 @@ impl Image {
         Ok((copies, mapped))
     }
 
-    /// How often the host has a page that all guests have, on average. Its own page cache counts if
-    /// one of them maps the page from there. What all have and none maps is metadata, where `way` maps.
+    /// Returns the average number of copies on the host of a page that all guests have. The host's page
+    /// cache counts as one if any guest maps the page. Pages that all guests have and none maps are
+    /// metadata, if `way` maps pages at all.
     fn copies(&self, way: &Way, guests: &[Guest]) -> Result<f64> {
         let held: Result<Vec<_>> = guests.iter().map(|guest| self.held(guest)).collect();
         let held = held?;
@@ -328,7 +331,7 @@ impl Image {
                 }
             }
         }
-        ensure!(pages > 0, "the guests have nothing of the image in common");
+        ensure!(pages > 0, "no page of the image is in all guests");
         for (what, pages) in [
             ("pages of the image that all guests have", pages),
             ("  of these, none of them maps", mapped_by_none),
@@ -347,8 +350,8 @@ impl Image {
     }
 }
 
-/// Where the memory of a guest goes: what the guest says of it, and the host. In the order in which
-/// docs/savings.md adds it up. `memory` is what a guest costs in all, in KiB.
+/// Breaks down the memory of a guest, as seen by the guest and by the host, in the order in which
+/// docs/savings.md adds it up. `memory` is the total cost of a guest, in KiB.
 fn breakdown(way: &Way, guest: &Guest, memory: i64) -> Result<()> {
     let console = guest.mconsole()?;
     let meminfo = console.proc("meminfo")?;
@@ -401,8 +404,8 @@ fn breakdown(way: &Way, guest: &Guest, memory: i64) -> Result<()> {
     Ok(())
 }
 
-fn try_way(way: &Way, image: &Image, short: bool) -> Result<Outcome> {
-    let few = few(short);
+fn measure(way: &Way, image: &Image, short: bool) -> Result<Outcome> {
+    let few = examined(short);
     let title = way.title;
     println!(
         "{}",
@@ -424,7 +427,7 @@ fn try_way(way: &Way, image: &Image, short: bool) -> Result<Outcome> {
     let running = loop {
         let alive = guests.len();
         let mut next = Vec::new();
-        for number in alive + 1..=alive + at_once(alive)? {
+        for number in alive + 1..=alive + batch_size(alive)? {
             next.push((way.setup)(number).debian().size(SIZE).start()?);
         }
         for guest in &mut next {
@@ -442,7 +445,7 @@ fn try_way(way: &Way, image: &Image, short: bool) -> Result<Outcome> {
         let free = sample(number)?;
         eprintln!("devanon-uml: {title}: {number} guests, {} KiB free", free);
         if number == 1 {
-            // It also has the host read what is in the image.
+            // The first guest is not counted: it also makes the host read the image.
             first = free;
         }
         if number == few {
@@ -459,12 +462,12 @@ fn try_way(way: &Way, image: &Image, short: bool) -> Result<Outcome> {
                 page_by_page(way, &mut guests[few - 1])?;
             }
         }
-        ensure!(number < MANY, "{MANY} guests, and the host does not swap");
+        ensure!(
+            number < MAX_GUESTS,
+            "the host does not swap with {MAX_GUESTS} guests"
+        );
     };
-    ensure!(
-        memory > 0,
-        "fewer than {few} guests before the host swapped"
-    );
+    ensure!(memory > 0, "the host swapped with fewer than {few} guests");
     if let Some(running) = running {
         let title = format!(
             "({}) {title}: {running} guests before the host swaps",
@@ -489,21 +492,21 @@ fn goal(way: &Way, worst: f64) -> Option<f64> {
 }
 
 pub fn run(short: bool) -> Result<()> {
-    ensure!(prepare(), "the VM is not as it should be");
-    disks()?;
+    ensure!(prepare(), "cannot prepare the VM");
+    prepare_disks()?;
     let image = Image::read()?;
     let mut outcomes = Vec::new();
     for way in &WAYS {
-        outcomes.push((way, try_way(way, &image, short)?));
+        outcomes.push((way, measure(way, &image, short)?));
     }
     for (way, outcome) in &outcomes {
         let show = |text: &str, value: f64, unit: &str, worst: Option<f64>| {
             let name = format!("({}) {}: {text}", way.run, way.title);
             figure(&name, value, unit, worst.and_then(|worst| goal(way, worst)));
         };
-        let few = few(short);
+        let few = examined(short);
         show("host memory a guest", mib(outcome.memory), "MiB", None);
-        // The first way is today's.
+        // The first way is UML as it is today.
         let today = &outcomes[0].1;
         let share = outcome.memory as f64 / today.memory as f64;
         show("against (a)", share, "", Some(0.35));
@@ -527,17 +530,17 @@ pub fn run(short: bool) -> Result<()> {
     Ok(())
 }
 
-/// What a fixed piece of work takes in instructions, each way. A boot goes in and out.
+/// Counts the instructions of a boot, and of a fixed workload less the boot, each way.
 pub fn count() -> Result<()> {
-    ensure!(prepare(), "the VM is not as it should be");
+    ensure!(prepare(), "cannot prepare the VM");
     let work = ["compile", "starts", "compile", "starts"];
     let mut ways = WAYS.iter().peekable();
-    // The first guest also pays for what the host does once.
-    cost((ways.peek().context("no way")?.setup)(1), &[])?;
+    // The first guest also pays for one-time work of the host.
+    instructions_of((ways.peek().context("no way")?.setup)(1), &[])?;
     let mut today = None;
     for way in ways {
-        let boot = cost((way.setup)(1), &[])?;
-        let all = cost((way.setup)(1), &work)?;
+        let boot = instructions_of((way.setup)(1), &[])?;
+        let all = instructions_of((way.setup)(1), &work)?;
         let (today_boot, today_work) = *today.get_or_insert((boot, all - boot));
         for (what, value, of, worst) in [
             ("boot", boot, today_boot, None),

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `ubd=mmap`: pages of a disk's image, mapped in place of the guest's memory. Files are right whatever
-//! is done to them, the image is never written to, and the filesystem in the COW file is clean.
+//! Tests of `ubd=mmap`, which maps pages of a disk image in place of the guest's memory. Files must stay
+//! correct whatever is done to them, the image must never change, and the filesystem must be clean.
 
 use std::collections::HashMap;
 use std::fs;
@@ -27,35 +27,36 @@ use crate::guest::Setup;
 use crate::host;
 use crate::host::Backing;
 use crate::kernel::ROOM;
-use crate::kernel::make_room;
+use crate::kernel::mount_room;
 use crate::kernel::on;
 use crate::kernel::prepare;
 use crate::kernel::wait_excess;
 use crate::ktap;
 use crate::ktap::Place;
 use crate::ktap::Test;
+use crate::report;
 use crate::userland::plug_while_it_works;
 
 const MAX_MAPS: &str = "/proc/sys/vm/max_map_count";
-/// With an ending: the sources that the small guests have, on three filesystems.
+/// The workload of the small guests on three filesystems. A suffix names the filesystem.
 const FILES: &str = "/lib/devanon/files";
 const DISK: &str = "/var/disk";
-/// Where the mode does not matter.
+/// For tests in which the mode does not matter.
 const FASTER: &str = "seccomp=on";
 const TRACING: &str = "/sys/kernel/tracing";
 
 struct State {
-    /// Here everything for longer; in the VM all tests there are.
+    /// The long form: with --here, tests run for longer; in the VM, all tests run.
     long: bool,
-    /// On the machine itself, where guests are many times as fast: on memfds, and nothing of the machine
-    /// is changed.
+    /// Run on the machine itself, where guests are many times faster: on memfds, and without changing
+    /// the machine.
     here: bool,
-    /// Of the image, before any guest.
+    /// Checksum of the image before any guest ran.
     sum: String,
 }
 
 impl State {
-    /// What guests have their memory in.
+    /// The backing of the guests' memory.
     fn backing(&self) -> Backing {
         if self.here {
             Backing::Memfd
@@ -69,70 +70,73 @@ const TESTS: &[(Place, Test<State>)] = &[
     (
         Place::Both,
         (
-            "guests at once from one image: all files are right, and their memory has no copies",
-            together,
+            "concurrent guests of one image: all files are correct, and their memory has no copies",
+            shared_image,
         ),
     ),
     (
         Place::Both,
         (
-            "files are written to, seen by others, poked: ptrace",
+            "files are written to, mapped by others, poked: ptrace",
             ptrace,
         ),
     ),
     (
         Place::Here,
         (
-            "they are removed as well, and all that is mapped is compared: seccomp, two processors",
-            two_processors,
+            "files are also removed, and all that is mapped is compared: seccomp, two CPUs",
+            two_cpus,
         ),
     ),
     (Place::Vm, ("read-only ext4, EROFS and squashfs", read_only)),
     (
         Place::Vm,
         (
-            "what cannot be mapped is read, and the guest says why",
-            refused,
+            "what cannot be mapped is read, and the log says why",
+            not_mapped,
         ),
     ),
     (
         Place::Vm,
-        ("few mappings on the host: the rest is read", few_mappings),
+        ("a low vm.max_map_count: the rest is read", few_mappings),
     ),
     (
         Place::Here,
         (
-            "the host kills one process of the guest, traced or not: no other one ends",
-            lost_process,
-        ),
-    ),
-    (
-        Place::Here,
-        ("an image that becomes shorter: errors, no more", truncated),
-    ),
-    (
-        Place::Here,
-        (
-            "without it nothing is mapped; pages that are changed in part are read right",
-            partly,
+            "the host kills a process of the guest, traced or not: no other process dies",
+            killed_process,
         ),
     ),
     (
         Place::Here,
         (
-            "a COW file on a full disk, with another image, cut, removed: what was there is right",
+            "an image that is truncated: errors, nothing worse",
+            truncated,
+        ),
+    ),
+    (
+        Place::Here,
+        (
+            "without ubd=mmap nothing is mapped; partially changed pages are read correctly",
+            partly_changed,
+        ),
+    ),
+    (
+        Place::Here,
+        (
+            "a COW file on a full disk, with another image, truncated, removed: old data is intact",
             cow_files,
         ),
     ),
     (
         Place::Vm,
-        ("a flush in the guest is one on the host", flush),
+        ("a flush in the guest is a flush on the host", flush),
     ),
     (
         Place::Vm,
         (
-            "writes that cannot be done at once, or not as they are asked for, are not lost",
-            tried_again,
+            "writes that the host cannot take at once, or not in this form, are not lost",
+            retried_writes,
         ),
     ),
     (
@@ -141,26 +145,23 @@ const TESTS: &[(Place, Test<State>)] = &[
     ),
     (
         Place::Both,
-        ("after all that, the image is as it was", unchanged),
+        ("the image is unchanged after all tests", unchanged),
     ),
 ];
 
 pub fn run(long: bool, here: bool) -> bool {
     let sum = match checksum(IMAGE) {
         Ok(sum) => sum,
-        Err(error) => {
-            eprintln!("devanon-uml: {error:#}");
-            return false;
-        }
+        Err(error) => return report(Err(error)),
     };
-    // In the VM the long form has all.
-    let elsewhere = match (here, long) {
+    // In the VM the long form runs all tests.
+    let excluded = match (here, long) {
         (true, _) => Some(Place::Vm),
         (false, false) => Some(Place::Here),
         (false, true) => None,
     };
-    let tests = ktap::choose(TESTS, elsewhere);
-    let prepared = if here { make_room() } else { prepare() };
+    let tests = ktap::select(TESTS, excluded);
+    let prepared = if here { mount_room() } else { prepare() };
     prepared && ktap::run(&tests, &mut State { long, here, sum })
 }
 
@@ -180,11 +181,11 @@ fn checksum(file: &str) -> Result<String> {
     Ok(text)
 }
 
-/// What /proc/ubd_mmap says.
+/// The contents of the guest's /proc/ubd_mmap.
 pub struct Counters(pub String);
 
 impl Counters {
-    fn of(guest: &Guest) -> Result<Self> {
+    fn read(guest: &Guest) -> Result<Self> {
         Ok(Self(guest.mconsole()?.proc("ubd_mmap")?))
     }
 
@@ -196,40 +197,40 @@ impl Counters {
             .with_context(|| format!("no {name} in: {}", self.0))
     }
 
-    /// These must have happened.
-    fn some(&self, names: &[&str]) -> Result<()> {
+    /// Checks that these are not zero.
+    fn check_nonzero(&self, names: &[&str]) -> Result<()> {
         for name in names {
             ensure!(self.get(name)? > 0, "no {name} in: {}", self.0);
         }
         Ok(())
     }
 
-    /// These must have happened since then.
-    fn more(&self, before: &Self, names: &[&str]) -> Result<()> {
+    /// Checks that these have grown since `before`.
+    fn check_grown(&self, before: &Self, names: &[&str]) -> Result<()> {
         for name in names {
             ensure!(
                 self.get(name)? > before.get(name)?,
-                "no more {name} than before in: {}",
+                "{name} has not grown in: {}",
                 self.0
             );
         }
         Ok(())
     }
 
-    /// With `ubd=mmap,verify`.
-    fn all_compared(&self) -> Result<()> {
+    /// Checks that `ubd=mmap,verify` has compared all that was mapped.
+    fn check_compared(&self) -> Result<()> {
         let (mapped, compared) = (self.get("mapped")?, self.get("compared")?);
         ensure!(mapped > 0 && compared >= mapped, "{}", self.0);
         Ok(())
     }
 
-    /// Nothing went wrong.
-    fn good(&self) -> Result<()> {
-        self.none(&["lost", "refused_differs", "refused_host"])
+    /// Checks that nothing went wrong.
+    fn check_no_errors(&self) -> Result<()> {
+        self.check_zero(&["lost", "refused_differs", "refused_host"])
     }
 
-    /// These must not.
-    fn none(&self, names: &[&str]) -> Result<()> {
+    /// Checks that these are zero.
+    fn check_zero(&self, names: &[&str]) -> Result<()> {
         for name in names {
             ensure!(self.get(name)? == 0, "{name} in: {}", self.0);
         }
@@ -238,7 +239,7 @@ impl Counters {
 
     fn summary(&self) -> Result<String> {
         Ok(format!(
-            "{} pages mapped, {} now in {} pieces; promoted: {} by writes, {} by mappings, {} by I/O",
+            "{} pages mapped, {} now in {} runs; promoted: {} by writes, {} by mappings, {} by I/O",
             self.get("mapped")?,
             self.get("pages")?,
             self.get("runs")?,
@@ -249,9 +250,9 @@ impl Counters {
     }
 }
 
-/// What is on a disk of a guest that has ended: the image, and over it what the COW file has. As a
-/// file of its own, at most one at a time.
-fn merged(cow: &str, image: &str) -> Result<String> {
+/// Writes the disk of a guest that has ended to a file: the image, overlaid with the COW file. The next
+/// call replaces that file.
+fn merge_cow(cow: &str, image: &str) -> Result<String> {
     const CHUNK: usize = 64 << 10;
     let cow = File::open(cow)?;
     let image = File::open(image)?;
@@ -267,7 +268,7 @@ fn merged(cow: &str, image: &str) -> Result<String> {
     let (sector, align) = (word(20), word(24));
     ensure!(
         sector == 512 && size == image.metadata()?.len(),
-        "{size}, sectors of {sector}"
+        "size {size}, sectors of {sector}"
     );
     let bitmap_at = (32 + 4096u64).next_multiple_of(align);
     let mut bitmap = vec![0; size.div_ceil(sector).div_ceil(8) as usize];
@@ -295,30 +296,30 @@ fn merged(cow: &str, image: &str) -> Result<String> {
     Ok(path)
 }
 
-/// After a guest: the filesystem on its disk is clean. After a guest that was killed the journal has to
-/// be replayed first.
-fn clean(guest: &Guest, replay: bool) -> Result<()> {
-    let disk = merged(&guest.cow(), IMAGE)?;
+/// Checks that the filesystem on the disk of a guest that has ended is clean. For a killed guest, first
+/// replays the journal.
+fn check_disk(guest: &Guest, replay: bool) -> Result<()> {
+    let disk = merge_cow(&guest.cow_file(), IMAGE)?;
     if replay {
         let (code, text) = output("e2fsck", &["-E", "journal_only", "-y", &disk])?;
         ensure!(code <= 1, "e2fsck: {text}");
     }
-    clean_disk(&disk)
+    fsck(&disk)
 }
 
-fn clean_disk(disk: &str) -> Result<()> {
+fn fsck(disk: &str) -> Result<()> {
     let (code, text) = output("e2fsck", &["-fn", disk])?;
     ensure!(code == 0, "e2fsck: {text}");
     Ok(())
 }
 
-/// A shell, in a memory of 256 MiB.
+/// Starts a guest of 256 MiB with just a shell.
 fn start(setup: Setup) -> Result<Guest> {
-    shell(setup.single().size(256).start()?)
+    wait_shell(setup.single().size(256).start()?)
 }
 
-/// In the VM without all that Debian starts, which takes most of the time of a test there.
-fn in_debian(state: &State, setup: Setup) -> Setup {
+/// Debian, or in the VM just a shell: there, booting all of Debian takes most of a test's time.
+fn with_userland(state: &State, setup: Setup) -> Setup {
     if state.here {
         setup.debian()
     } else {
@@ -326,16 +327,17 @@ fn in_debian(state: &State, setup: Setup) -> Setup {
     }
 }
 
-fn shell(mut guest: Guest) -> Result<Guest> {
+/// Waits for the guest's shell.
+fn wait_shell(mut guest: Guest) -> Result<Guest> {
     guest.wait_up()?;
     guest.log_in()?;
     Ok(guest)
 }
 
-/// All of the mapped pages are in use in the guest, and next to none of them costs the host any of the
-/// guest's memory.
-fn shares(guest: &Guest) -> Result<Counters> {
-    let counters = Counters::of(guest)?;
+/// Checks that the mapped pages, which are all in use in the guest, cost next to none of the guest's memory
+/// on the host.
+fn check_sharing(guest: &Guest) -> Result<Counters> {
+    let counters = Counters::read(guest)?;
     let kib = counters.get("pages")? * 4;
     let excess = wait_excess(guest, -kib * 95 / 100)?;
     eprintln!(
@@ -345,9 +347,9 @@ fn shares(guest: &Guest) -> Result<Counters> {
     Ok(counters)
 }
 
-/// The image is larger than any one's memory, and all but the first do not even have room for its files. In
-/// the VM each guest checks a quarter of them, for which it has no room either.
-fn together(state: &mut State) -> Result<String> {
+/// The image is larger than the memory of any guest, and its files fit only into that of the first. In the VM
+/// each guest checks a quarter of the files, which does not fit into its memory either.
+fn shared_image(state: &mut State) -> Result<String> {
     let (number, words, least) = match (state.here, state.long) {
         (true, _) => (8, "image", 32768),
         (false, true) => (8, "image 4", 8192),
@@ -360,12 +362,12 @@ fn together(state: &mut State) -> Result<String> {
             (true, _) => 128,
             (false, _) => 80,
         };
-        in_debian(state, setup).size(size).start()
+        with_userland(state, setup).size(size).start()
     };
     let started: Result<Vec<_>> = (1..=number).map(start).collect();
     let mut guests = Vec::new();
     for guest in started? {
-        guests.push(shell(guest)?);
+        guests.push(wait_shell(guest)?);
     }
     for guest in &mut guests {
         guest.begin("work", words)?;
@@ -373,14 +375,14 @@ fn together(state: &mut State) -> Result<String> {
     let mut text = String::new();
     for guest in &mut guests {
         guest.finish("work", words)?;
-        let counters = shares(guest)?;
-        counters.good()?;
-        counters.none(&["refused_mappings"])?;
-        counters.some(&["restored_freed", "refused_page"])?;
+        let counters = check_sharing(guest)?;
+        counters.check_no_errors()?;
+        counters.check_zero(&["refused_mappings"])?;
+        counters.check_nonzero(&["restored_freed", "refused_page"])?;
         let room = guest.size() / 4;
         let (pages, mapped) = (counters.get("pages")?, counters.get("mapped")?);
         ensure!(pages > room / 6 && mapped > least, "{}", counters.0);
-        // Of files there is no more than that, but what was written, and tmpfs.
+        // The page cache has little else: written files, and tmpfs.
         let meminfo = guest.mconsole()?.proc("meminfo")?;
         let cached = host::field(&meminfo, "Cached")? / 4;
         ensure!(
@@ -391,13 +393,13 @@ fn together(state: &mut State) -> Result<String> {
     }
     for guest in &mut guests {
         guest.power_off()?;
-        clean(guest, false)?;
+        check_disk(guest, false)?;
     }
     Ok(text)
 }
 
-/// What a word of tests/guest/disk must bring about.
-fn effects(words: &str) -> &'static [&'static str] {
+/// The counters that a word of tests/guest/disk must increase.
+fn expected_counters(words: &str) -> &'static [&'static str] {
     match words.split(' ').next().unwrap_or_default() {
         "write" => &[
             "mapped",
@@ -415,12 +417,12 @@ fn effects(words: &str) -> &'static [&'static str] {
     }
 }
 
-/// These words of tests/guest/disk, while a quarter of the memory goes and comes. Not with "cut": Linux's own UML
-/// does not stop a process on another CPU for a page that moves, or is reclaimed, and is not an image's.
-fn changes(setup: Setup, words: &'static [&'static str], verify: bool) -> Result<String> {
-    let mut guest = shell(setup.size(256).start()?)?;
+/// Runs these words of tests/guest/disk while a quarter of the memory is unplugged and plugged. Not during "cut":
+/// mainline UML does not stop a process on another CPU when a page not from an image moves or is reclaimed.
+fn run_words(setup: Setup, words: &'static [&'static str], verify: bool) -> Result<String> {
+    let mut guest = wait_shell(setup.size(256).start()?)?;
     let mut cycles = 0;
-    let mut counters = Counters::of(&guest)?;
+    let mut counters = Counters::read(&guest)?;
     for words in words {
         if words.starts_with("cut") {
             guest.run("disk", words)?;
@@ -429,22 +431,24 @@ fn changes(setup: Setup, words: &'static [&'static str], verify: bool) -> Result
             cycles += plug_while_it_works(&mut guest, "disk", words, short)?;
         }
         let before = counters;
-        counters = Counters::of(&guest)?;
-        counters.more(&before, effects(words)).context(*words)?;
+        counters = Counters::read(&guest)?;
+        counters
+            .check_grown(&before, expected_counters(words))
+            .context(*words)?;
     }
-    counters.good()?;
+    counters.check_no_errors()?;
     if verify {
-        counters.all_compared()?;
+        counters.check_compared()?;
     }
     guest.power_off()?;
-    clean(&guest, false)?;
+    check_disk(&guest, false)?;
     Ok(format!(
-        "{}\na quarter taken and given back {cycles} times",
+        "{}\na quarter unplugged and plugged {cycles} times",
         counters.summary()?
     ))
 }
 
-const LONG: &[&str] = &[
+const LONG_WORDS: &[&str] = &[
     "cut 20",
     "write 60",
     "watch 30",
@@ -455,7 +459,7 @@ const LONG: &[&str] = &[
     "write 60",
     "node 1000000",
 ];
-const ALL: &[&str] = &[
+const ALL_WORDS: &[&str] = &[
     "cut 5",
     "write 10",
     "watch 5",
@@ -465,31 +469,40 @@ const ALL: &[&str] = &[
     "press 10",
     "node 1000000",
 ];
-/// Those for which it matters how processes map.
-const PROCESSES: &[&str] = &["write 5", "watch 5", "poke 3"];
+/// The words that depend on how processes map memory.
+const MAPPING_WORDS: &[&str] = &["write 5", "watch 5", "poke 3"];
 
-fn words(state: &State, short: &'static [&'static str]) -> &'static [&'static str] {
+fn words_for(state: &State, short: &'static [&'static str]) -> &'static [&'static str] {
     match (state.long, state.here) {
-        (true, true) => LONG,
+        (true, true) => LONG_WORDS,
         (false, false) => short,
-        _ => ALL,
+        _ => ALL_WORDS,
     }
 }
 
 fn ptrace(state: &mut State) -> Result<String> {
     let setup = on(1, state.backing()).with(&["ubd=mmap"]);
-    changes(in_debian(state, setup), words(state, PROCESSES), false)
+    run_words(
+        with_userland(state, setup),
+        words_for(state, MAPPING_WORDS),
+        false,
+    )
 }
 
-fn two_processors(state: &mut State) -> Result<String> {
+fn two_cpus(state: &mut State) -> Result<String> {
     let setup = on(1, state.backing()).with(&["ubd=mmap,verify", "seccomp=on", "ncpus=2"]);
-    changes(in_debian(state, setup), words(state, ALL), true)
+    run_words(
+        with_userland(state, setup),
+        words_for(state, ALL_WORDS),
+        true,
+    )
 }
 
-/// The same files on three filesystems. What squashfs unpacks cannot be mapped. On the host, two are on
-/// ext4, the others on tmpfs; the one with a COW file gets a successor while the guest runs.
+/// The same files on three filesystems. Files that squashfs decompresses cannot be mapped. On the host, two
+/// images are on ext4, the others on tmpfs. The name of the one with a COW file is taken by a new file while the
+/// guest runs.
 fn read_only(_: &mut State) -> Result<String> {
-    host::disk("/dev/vda", DISK)?;
+    host::mount_disk("/dev/vda", DISK)?;
     let replaced = format!("{DISK}/files.ext4");
     fs::copy(format!("{FILES}.ext4"), &replaced)?;
     let kept = format!("{DISK}/kept");
@@ -497,7 +510,7 @@ fn read_only(_: &mut State) -> Result<String> {
     fs::hard_link(&replaced, &kept)?;
     let cow = "/var/files.cow";
     let _ = fs::remove_file(cow);
-    // Of each: its filesystem, UML's option without the number, and the file that must not change.
+    // For each: its filesystem, UML's option without the number, and the file that must not change.
     let disks = [
         ("ext4", format!("={cow},{replaced}"), kept),
         (
@@ -519,33 +532,33 @@ fn read_only(_: &mut State) -> Result<String> {
         sums.push(checksum(file)?);
     }
     let mut guest = start(setup)?;
-    let successor = format!("{DISK}/successor");
-    noise(&successor)?;
-    fs::rename(&successor, &replaced)?;
+    let replacement = format!("{DISK}/replacement");
+    random_disk(&replacement)?;
+    fs::rename(&replacement, &replaced)?;
     let mut text = String::new();
     for (letter, ((kind, ..), sum)) in ('b'..).zip(disks.iter().zip(&sums)) {
-        let before = Counters::of(&guest)?.get("mapped")?;
+        let before = Counters::read(&guest)?.get("mapped")?;
         guest.work(&format!("read {letter} {kind}"))?;
-        let counters = Counters::of(&guest)?;
+        let counters = Counters::read(&guest)?;
         let mapped = counters.get("mapped")? - before;
         text += &format!("{kind}: {mapped} pages mapped\n");
-        // The programs that check come from the first disk, after the first time from memory.
+        // The programs that check are on the root disk. They are read only the first time.
         ensure!(
             (mapped > 1000) == (*kind != "squashfs"),
             "{text}{}",
             counters.0
         );
-        counters.good()?;
-        counters.all_compared()?;
+        counters.check_no_errors()?;
+        counters.check_compared()?;
         guest.say(&format!("echo; sha256sum /dev/ubd{letter}"))?;
         let sum = sum.split(' ').next().context("no checksum")?;
         guest.expect(&format!("{sum} "))?;
     }
-    // A process has pages of two disks at once.
+    // One process maps pages of two disks at once.
     guest.say("mount -t ext4 -o ro /dev/ubde /mnt")?;
     guest.run("disk", "batch")?;
     guest.say("umount /mnt")?;
-    // The first can be written to, and is right when it comes from the disk again.
+    // The disk with a COW file can be written to, and is read back correctly.
     guest.say(
         "mount -t ext4 /dev/ubdb /mnt && cp -r /mnt/crates/core_arch /mnt/copy && umount /mnt && \
          mount -t ext4 /dev/ubdb /mnt && diff -r /mnt/crates/core_arch /mnt/copy && umount /mnt; \
@@ -553,43 +566,43 @@ fn read_only(_: &mut State) -> Result<String> {
     )?;
     ensure!(guest.expect("copied with ")? == "0", "the copy differs");
     guest.power_off()?;
-    clean_disk(&merged(cow, &disks[0].2)?)?;
+    fsck(&merge_cow(cow, &disks[0].2)?)?;
     fs::remove_file(cow)?;
     for ((.., file), sum) in disks.iter().zip(&sums) {
         ensure!(&checksum(file)? == sum, "{file} has changed");
     }
-    clean(&guest, false)?;
+    check_disk(&guest, false)?;
     Ok(text)
 }
 
-/// Lines of the guest's kernel log.
-fn log(guest: &mut Guest, pattern: &str) -> Result<Vec<String>> {
-    guest.lines(&format!("dmesg | grep -e '{pattern}' | sed 's/^.*] //'"))
+/// Returns matching lines of the guest's kernel log.
+fn kernel_log(guest: &mut Guest, pattern: &str) -> Result<Vec<String>> {
+    guest.output_of(&format!("dmesg | grep -e '{pattern}' | sed 's/^.*] //'"))
 }
 
-/// A disk of noise for a guest.
-fn noise(path: &str) -> Result<()> {
+/// Creates a disk of random data that guests can write to.
+fn random_disk(path: &str) -> Result<()> {
     let mut bytes = vec![0; 1 << 20];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     fs::write(path, &bytes)?;
     host::chmod(path, 0o666)
 }
 
-fn refused(_: &mut State) -> Result<String> {
+fn not_mapped(_: &mut State) -> Result<String> {
     let writable = format!("{ROOM}/writable");
-    noise(&writable)?;
+    random_disk(&writable)?;
     let noexec = format!("{ROOM}/noexec");
     fs::create_dir_all(&noexec)?;
     mount("noexec", noexec.as_str(), "tmpfs", MountFlags::NOEXEC, None)?;
     let forbidden = format!("{noexec}/forbidden");
-    noise(&forbidden)?;
+    random_disk(&forbidden)?;
     let mut guest = start(on(1, Backing::Anon).with(&[
         "ubd=mmap",
         FASTER,
         &format!("ubd1={writable}"),
         &format!("ubd2r={forbidden}"),
     ]))?;
-    let lines = log(&mut guest, "^.*ubd[a-z]: ")?;
+    let lines = kernel_log(&mut guest, "^.*ubd[a-z]: ")?;
     ensure!(
         lines
             == [
@@ -601,7 +614,7 @@ fn refused(_: &mut State) -> Result<String> {
             ],
         "{lines:?}"
     );
-    // Less than a page; pages that are not in the page cache; pages that were changed.
+    // Reads of less than a page, of pages not in the page cache, and of changed pages.
     guest.say(
         "dd if=/dev/ubda of=/dev/null bs=512 count=8 iflag=direct 2>/dev/null; \
          dd if=/dev/ubda of=/dev/null bs=64k count=8 iflag=direct 2>/dev/null; \
@@ -609,25 +622,25 @@ fn refused(_: &mut State) -> Result<String> {
          echo; echo read",
     )?;
     guest.expect("read")?;
-    let counters = Counters::of(&guest)?;
-    counters.some(&["refused_partial", "refused_page", "refused_changed"])?;
-    counters.good()?;
-    counters.none(&["refused_mappings"])?;
+    let counters = Counters::read(&guest)?;
+    counters.check_nonzero(&["refused_partial", "refused_page", "refused_changed"])?;
+    counters.check_no_errors()?;
+    counters.check_zero(&["refused_mappings"])?;
     guest.power_off()?;
-    clean(&guest, false)?;
+    check_disk(&guest, false)?;
     drop(guest);
 
-    // Its mappings do not merge, so there is no saying how many there will be.
+    // Mappings of the device itself do not merge, so their number cannot be predicted.
     let mut guest = start(on(2, Backing::Device).with(&["ubd=mmap", FASTER]))?;
-    let lines = log(&mut guest, "ubda: ")?;
+    let lines = kernel_log(&mut guest, "ubda: ")?;
     ensure!(
         lines == ["ubda: read, not mapped: the host cannot do it, err = -95"],
         "{lines:?}"
     );
-    let counters = Counters::of(&guest)?;
-    counters.none(&["images", "mapped"])?;
+    let counters = Counters::read(&guest)?;
+    counters.check_zero(&["images", "mapped"])?;
     guest.power_off()?;
-    clean(&guest, false)?;
+    check_disk(&guest, false)?;
     Ok(String::new())
 }
 
@@ -640,54 +653,56 @@ fn few_mappings(_: &mut State) -> Result<String> {
     result
 }
 
-/// Half of the files are read and some are changed. A process that needs more is killed, traced or not, and no
-/// other one. Then many pages in the middle of pieces are changed: UML keeps to what it found when it
-/// started, but the processes that map such pages need more than they are allowed here, so that the
-/// limit is gone by then.
+/// Half of the files are read and some are changed. A process that needs more mappings than the limit is killed,
+/// traced or not, and no other process. Then many pages in the middle of runs are changed. UML keeps to the limit
+/// that it read at its start. The processes that map such pages need more mappings, so the limit is lifted first.
 fn with_few_mappings(few: usize, before: &str) -> Result<String> {
     let mut guest = start(on(1, Backing::Anon).with(&["ubd=mmap", FASTER]))?;
     guest.work("image 2")?;
-    let mut most = write_and_count(&mut guest, "write 5")?;
+    let mut most = run_and_count_mappings(&mut guest, "write 5")?;
     guest.say("disk pieces; echo ended with $?")?;
-    ensure!(guest.expect("ended with ")? == "139", "all of {few}");
     ensure!(
-        !log(&mut guest, "UML ran out of memory on the host side")?.is_empty(),
-        "no word of it"
+        guest.expect("ended with ")? == "139",
+        "not killed with a limit of {few}"
+    );
+    ensure!(
+        !kernel_log(&mut guest, "UML ran out of memory on the host side")?.is_empty(),
+        "the log does not say so"
     );
     guest.run("disk", "traced")?;
     fs::write(MAX_MAPS, before)?;
-    most = most.max(write_and_count(&mut guest, "split")?);
+    most = most.max(run_and_count_mappings(&mut guest, "split")?);
     ensure!(most < few * 3 / 4, "{most} mappings of {few}");
-    // UML knows of all but those of its own program and of vmalloc().
-    let counters = Counters::of(&guest)?;
+    // UML counts all mappings but those of its own program and of vmalloc().
+    let counters = Counters::read(&guest)?;
     let (mappings, runs) = (host::mappings(guest.pid())?.0, counters.get("runs")?);
     ensure!(
         (mappings as i64) < runs + few as i64 / 8,
         "{mappings} mappings, and UML counts {runs}"
     );
-    counters.some(&["refused_mappings", "promoted_neighbor"])?;
+    counters.check_nonzero(&["refused_mappings", "promoted_neighbor"])?;
     ensure!(counters.get("mapped")? > 1000, "{}", counters.0);
-    // There are too many for more to be mapped, until UML has joined those that need not be.
-    // What was written above is in root/files.
+    // There are too many mappings to add more, until UML has joined those that need not be separate.
+    // Files in root/files were changed above.
     guest.say(
         "echo 3 >/proc/sys/vm/drop_caches; cd /; \
          grep -v ' root/files/' /root/image.sha256 | sed -n 0~2p | sha256sum --quiet -c; set -- $?; echo; echo read with $1",
     )?;
     ensure!(guest.expect("read with ")? == "0", "files are wrong");
-    let last = Counters::of(&guest)?;
-    last.more(&counters, &["joined", "mapped"])?;
-    last.good()?;
+    let last = Counters::read(&guest)?;
+    last.check_grown(&counters, &["joined", "mapped"])?;
+    last.check_no_errors()?;
     guest.power_off()?;
-    clean(&guest, false)?;
+    check_disk(&guest, false)?;
     Ok(format!(
-        "at most {most} mappings, then {mappings}, of which UML counts {runs}, and {} were joined\n{}",
+        "at most {most} mappings, then {mappings}, of which UML counts {runs}; {} were joined\n{}",
         last.get("joined")?,
         last.summary()?
     ))
 }
 
-/// The most mappings that UML had meanwhile.
-fn write_and_count(guest: &mut Guest, words: &str) -> Result<usize> {
+/// Runs `disk`, and returns the largest number of mappings that UML had meanwhile.
+fn run_and_count_mappings(guest: &mut Guest, words: &str) -> Result<usize> {
     let mut most = 0;
     guest.begin("disk", words)?;
     while !guest.is_done("disk", words)? {
@@ -697,23 +712,23 @@ fn write_and_count(guest: &mut Guest, words: &str) -> Result<usize> {
     Ok(most)
 }
 
-/// Of one with two threads, so that one of them waits for the other; and of one that is asleep and has
-/// something to map when it wakes up, traced, and much of it, not traced.
-fn lost_process(state: &mut State) -> Result<String> {
+/// First kills a process with two threads, one of which waits for the other. Then a sleeping process that
+/// has pages to map when it wakes up: one page when traced, many when not.
+fn killed_process(state: &mut State) -> Result<String> {
     let mut guest = start(on(1, state.backing()).with(&["ubd=mmap", "seccomp=on", "ncpus=2"]))?;
     guest.say("disk spin; echo ended with $?")?;
     guest.expect("disk: spinning")?;
     let busiest = host::busiest_child(guest.pid())?;
-    lose(&mut guest, busiest, "Unexpectedly lost MM child")?;
+    kill_and_check(&mut guest, busiest, "Unexpectedly lost MM child")?;
 
     for (words, mode) in [("line", "seccomp=off"), ("apart", "seccomp=on")] {
         let mut guest = start(on(1, state.backing()).with(&["ubd=mmap", mode]))?;
         guest.say(&format!("disk {words}; echo ended with $?"))?;
         guest.expect("disk: waiting")?;
         thread::sleep(Duration::from_secs(3));
-        // The one that was started last.
+        // The process that was started last.
         let last = host::children(guest.pid())?.into_iter().max();
-        lose(
+        kill_and_check(
             &mut guest,
             last.context("no process")?,
             "cannot run the stub",
@@ -722,15 +737,18 @@ fn lost_process(state: &mut State) -> Result<String> {
     Ok(String::new())
 }
 
-/// The guest's log tells that it was found out in the way that is meant.
-fn lose(guest: &mut Guest, process: i32, sentence: &str) -> Result<()> {
+/// Kills a process of the guest on the host. The guest's log must contain `sentence`, and the guest must go on.
+fn kill_and_check(guest: &mut Guest, process: i32, sentence: &str) -> Result<()> {
     kill_process(Pid::from_raw(process).context("no process")?, Signal::KILL)?;
     guest.say("")?;
-    ensure!(guest.expect("ended with ")? == "139", "it goes on");
-    ensure!(!log(guest, sentence)?.is_empty(), "no word of it");
+    ensure!(guest.expect("ended with ")? == "139", "the process goes on");
+    ensure!(
+        !kernel_log(guest, sentence)?.is_empty(),
+        "the log does not say so"
+    );
     guest.work("compile")?;
     guest.power_off()?;
-    clean(guest, false)
+    check_disk(guest, false)
 }
 
 fn truncated(state: &mut State) -> Result<String> {
@@ -747,33 +765,33 @@ fn truncated(state: &mut State) -> Result<String> {
     guest.begin("disk", "bus")?;
     guest.expect("disk: mapped")?;
     let file = File::options().write(true).open(&short)?;
-    // At the end of a page: of the one with the end in it, a part would be right.
+    // Truncate at a page boundary: part of a page across the new end would still be correct.
     file.set_len(file.metadata()?.len() / 6 / 4096 * 4096)?;
     guest.say("")?;
     guest.finish("disk", "bus")?;
-    // From memory, which is gone; and from the disk.
+    // First read mapped pages that are gone, then the disk.
     guest.say("find /mnt -type f -exec cat {} + >/dev/null; echo; echo memory")?;
     guest.expect("memory")?;
     guest.run("disk", "lost")?;
     guest.say("echo 3 >/proc/sys/vm/drop_caches; find /mnt -type f -exec cat {} + >/dev/null 2>&1 || echo; echo failed")?;
     guest.expect("failed")?;
-    let errors = log(&mut guest, "I/O error, dev ubdb")?.len();
-    ensure!(errors > 0, "no error");
-    let counters = Counters::of(&guest)?;
-    counters.some(&["lost"])?;
+    let errors = kernel_log(&mut guest, "I/O error, dev ubdb")?.len();
+    ensure!(errors > 0, "no I/O error in the log");
+    let counters = Counters::read(&guest)?;
+    counters.check_nonzero(&["lost"])?;
     guest.work("compile")?;
     guest.power_off()?;
-    clean(&guest, false)?;
+    check_disk(&guest, false)?;
     Ok(format!(
         "{} pages lost, {errors} errors",
         counters.get("lost")?
     ))
 }
 
-/// And without ubd=mmap there is nothing of it.
-fn partly(state: &mut State) -> Result<String> {
+/// Without ubd=mmap, /proc/ubd_mmap does not exist.
+fn partly_changed(state: &mut State) -> Result<String> {
     let backing = format!("{ROOM}/backing");
-    noise(&backing)?;
+    random_disk(&backing)?;
     let cow = "/var/partly.cow";
     let _ = fs::remove_file(cow);
     let mut guest =
@@ -781,21 +799,22 @@ fn partly(state: &mut State) -> Result<String> {
     guest.run("disk", "partly")?;
     ensure!(
         guest.mconsole()?.proc("ubd_mmap").is_err(),
-        "/proc/ubd_mmap is there"
+        "/proc/ubd_mmap exists"
     );
     guest.power_off()?;
     fs::remove_file(cow)?;
-    clean(&guest, false)?;
+    check_disk(&guest, false)?;
     Ok(String::new())
 }
 
-/// What the host has no room for is what it was, now and after a boot; and a COW file that cannot be opened as it is
-/// to be is not opened at all.
+/// Data that the host has no room for keeps its old value, in this guest and after a reboot. A COW file that is not
+/// intact is not opened at all.
 fn cow_files(state: &mut State) -> Result<String> {
     const PAGES: u64 = 2048;
-    // In sectors; and so many pages `disk full` writes at once.
+    /// The image's size in sectors.
     const SIZE: &str = "16384";
-    const AT_ONCE: u64 = 16;
+    /// How many pages `disk full` writes at once.
+    const BATCH: u64 = 16;
     let words = |word: u64| word.to_le_bytes().repeat(4096 / 8);
     let (small, image, other) = (
         format!("{ROOM}/small"),
@@ -826,14 +845,12 @@ fn cow_files(state: &mut State) -> Result<String> {
     guest.finish("disk", "full")?;
     guest.kill(Signal::KILL)?;
     guest.wait(&[128 + 9])?;
-    let merged = fs::read(merged(&cow, &image)?)?;
+    let merged = fs::read(merge_cow(&cow, &image)?)?;
     for (number, page) in (0..).zip(merged.chunks(4096)) {
         let (new, old) = (page == words(number + 1), page == words(!number));
         let right = match number {
-            number if number < full || (full + AT_ONCE..full + 2 * AT_ONCE).contains(&number) => {
-                new
-            }
-            number if number < full + AT_ONCE => new || old,
+            number if number < full || (full + BATCH..full + 2 * BATCH).contains(&number) => new,
+            number if number < full + BATCH => new || old,
             _ => old,
         };
         ensure!(right, "page {number} begins with {:x?}", &page[..8]);
@@ -854,11 +871,17 @@ fn cow_files(state: &mut State) -> Result<String> {
     ]);
     let mut guest = start(setup)?;
     let console = guest.mconsole()?;
-    let size = |guest: &mut Guest, name: &str| guest.lines(&format!("cat /sys/block/{name}/size"));
-    ensure!(size(&mut guest, "ubdb")? == [SIZE], "another image's size");
+    let size =
+        |guest: &mut Guest, name: &str| guest.output_of(&format!("cat /sys/block/{name}/size"));
     ensure!(
-        guest.lines("ls -d /sys/block/ubdc 2>/dev/null")?.is_empty(),
-        "a disk without all of its bitmap"
+        size(&mut guest, "ubdb")? == [SIZE],
+        "the disk has the size of another image"
+    );
+    ensure!(
+        guest
+            .output_of("ls -d /sys/block/ubdc 2>/dev/null")?
+            .is_empty(),
+        "a disk with a truncated bitmap exists"
     );
     let fresh = format!("{ROOM}/fresh.cow");
     for (words, good) in [
@@ -871,7 +894,7 @@ fn cow_files(state: &mut State) -> Result<String> {
         (format!("config ubd1={disk}"), true),
     ] {
         let mut answer = console.ask(&words)?;
-        // It looks for partitions first.
+        // The guest may still be scanning the disk for partitions.
         for _ in 0..50 {
             if !answer
                 .as_ref()
@@ -884,23 +907,26 @@ fn cow_files(state: &mut State) -> Result<String> {
         }
         ensure!(answer.is_ok() == good, "{words}: {answer:?}");
     }
-    ensure!(size(&mut guest, "ubdb")? == [SIZE], "a plain disk");
-    let first = guest.lines("dd if=/dev/ubdb bs=8 count=1 2>/dev/null | od -An -td8")?;
+    ensure!(
+        size(&mut guest, "ubdb")? == [SIZE],
+        "the disk has the wrong size"
+    );
+    let first = guest.output_of("dd if=/dev/ubdb bs=8 count=1 2>/dev/null | od -An -td8")?;
     ensure!(first.len() == 1 && first[0].trim() == "1", "{first:?}");
     guest.power_off()?;
-    clean(&guest, false)?;
+    check_disk(&guest, false)?;
     Ok(format!("no room for page {full}"))
 }
 
-/// The socket to the thread that writes takes a few requests only, so that most are tried again; and the host can
-/// neither discard nor zero a part of the second COW file. What was flushed is in both all the same.
-fn tried_again(_: &mut State) -> Result<String> {
-    const ROOM_OF_SOCKETS: &str = "/proc/sys/net/core/wmem_default";
+/// The socket to UML's I/O thread takes only a few requests, so most are retried. The host can neither discard nor zero
+/// parts of the second COW file. Still, all flushed data must be in both.
+fn retried_writes(_: &mut State) -> Result<String> {
+    const SOCKET_BUFFER_SIZE: &str = "/proc/sys/net/core/wmem_default";
     let ramfs = format!("{ROOM}/ramfs");
     fs::create_dir_all(&ramfs)?;
     mount("ramfs", ramfs.as_str(), "ramfs", MountFlags::empty(), None)?;
     host::chmod(&ramfs, 0o777)?;
-    // Of each: the COW file, the image, and how long that is.
+    // For each: the COW file, the image, and the image's size.
     let disks = [
         (
             "/var/spread.cow".to_owned(),
@@ -919,17 +945,17 @@ fn tried_again(_: &mut State) -> Result<String> {
         File::create(image)?.set_len(*size)?;
         setup = setup.with(&[&format!("ubd{number}={cow},{image}")]);
     }
-    let before = fs::read_to_string(ROOM_OF_SOCKETS)?;
-    fs::write(ROOM_OF_SOCKETS, "4608")?;
+    let before = fs::read_to_string(SOCKET_BUFFER_SIZE)?;
+    fs::write(SOCKET_BUFFER_SIZE, "4608")?;
     let guest = start(setup);
-    fs::write(ROOM_OF_SOCKETS, before)?;
+    fs::write(SOCKET_BUFFER_SIZE, before)?;
     let mut guest = guest?;
     guest.run("disk", "spread")?;
     guest.kill(Signal::KILL)?;
     guest.wait(&[128 + 9])?;
     let (mut page, mut right, mut wrong) = ([0; 4096], 0, Vec::new());
     for (cow, image, size) in &disks {
-        let disk = File::open(merged(cow, image)?)?;
+        let disk = File::open(merge_cow(cow, image)?)?;
         for at in (0..*size).step_by(128 << 10) {
             disk.read_exact_at(&mut page, at)?;
             let wanted = (at / 4096 + 1).to_le_bytes();
@@ -941,12 +967,12 @@ fn tried_again(_: &mut State) -> Result<String> {
         }
         fs::remove_file(cow)?;
     }
-    ensure!(wrong.is_empty(), "not there: {}", wrong.join(", "));
-    clean(&guest, true)?;
+    ensure!(wrong.is_empty(), "missing: {}", wrong.join(", "));
+    check_disk(&guest, true)?;
     Ok(format!("{right} pages"))
 }
 
-/// Which files were flushed by fdatasync(2), by way of the host's tracing.
+/// Traces on the host which files UML flushes by fdatasync(2).
 fn flush(_: &mut State) -> Result<String> {
     mount("tracing", TRACING, "tracefs", MountFlags::empty(), None).context(TRACING)?;
     let mut guest = start(on(1, Backing::Anon).with(&["ubd=mmap", FASTER]))?;
@@ -967,19 +993,19 @@ fn flush(_: &mut State) -> Result<String> {
         let number = i32::from_str_radix(number.context("no fd")?.trim_start_matches("0x"), 16)?;
         let file = fs::read_link(format!("/proc/{}/fd/{number}", guest.pid()))?;
         ensure!(
-            file.to_string_lossy() == guest.cow(),
+            file.to_string_lossy() == guest.cow_file(),
             "{file:?} was flushed"
         );
         flushes += 1;
     }
-    ensure!(flushes > 0, "none: {trace}");
+    ensure!(flushes > 0, "no fdatasync: {trace}");
     guest.power_off()?;
-    clean(&guest, false)?;
+    check_disk(&guest, false)?;
     Ok(format!("{flushes} calls of fdatasync"))
 }
 
-/// What the guest said it had flushed is on the disk, all other files of the image are as they were, and the
-/// filesystem is clean, after its journal was replayed. The guest has only one process.
+/// All that the guest has reported as flushed is on the disk, all other files of the image are unchanged, and the
+/// filesystem is clean after its journal has been replayed. The guest has only one process.
 fn killed(state: &mut State) -> Result<String> {
     let times = match (state.here, state.long) {
         (true, true) => 100,
@@ -992,11 +1018,11 @@ fn killed(state: &mut State) -> Result<String> {
         let setup = on(1, state.backing()).with(&arguments);
         let mut guest = setup.debian().size(256).start()?;
         guest.expect("disk: synced ")?;
-        // Not right before it is killed: this would choose the moment.
-        let counters = Counters::of(&guest)?;
-        counters.some(&["mapped", "promoted_write"])?;
-        counters.good()?;
-        guest.content()?;
+        // Not right before the kill: the request would determine its moment.
+        let counters = Counters::read(&guest)?;
+        counters.check_nonzero(&["mapped", "promoted_write"])?;
+        counters.check_no_errors()?;
+        guest.check_kernel()?;
         let mut random = [0; 2];
         File::open("/dev/urandom")?.read_exact(&mut random)?;
         thread::sleep(Duration::from_millis(
@@ -1004,13 +1030,15 @@ fn killed(state: &mut State) -> Result<String> {
         ));
         guest.kill(Signal::KILL)?;
         guest.wait(&[128 + 9])?;
-        let count: usize = guest.last("disk: synced ")?.parse()?;
-        clean(&guest, true)?;
-        has_all(&format!("{ROOM}/merged"), count)?;
-        eprintln!("killed {time} of {times} times: {count} flushed");
+        let count: usize = guest.last_line("disk: synced ")?.parse()?;
+        check_disk(&guest, true)?;
+        check_flushed(&format!("{ROOM}/merged"), count)?;
+        eprintln!("killed {time} of {times} times: {count} changes flushed");
         flushed += count;
     }
-    Ok(format!("{times} times; {flushed} were flushed"))
+    Ok(format!(
+        "killed {times} times; {flushed} changes were flushed"
+    ))
 }
 
 fn unchanged(state: &mut State) -> Result<String> {
@@ -1018,20 +1046,20 @@ fn unchanged(state: &mut State) -> Result<String> {
     Ok(String::new())
 }
 
-/// On this disk are the image's files, so many of them as `disk sync` changed them.
-fn has_all(disk: &str, count: usize) -> Result<()> {
+/// Checks the image's files on this disk, `count` of them as changed by `disk sync`.
+fn check_flushed(disk: &str, count: usize) -> Result<()> {
     let files = format!("{ROOM}/files");
     fs::create_dir(&files)?;
     let dump = format!("rdump / {files}");
     let (code, text) = output("debugfs", &["-R", &dump, disk])?;
     ensure!(code == 0, "debugfs: {text}");
-    let result = check_all(&files, count);
+    let result = check_files(&files, count);
     fs::remove_dir_all(&files)?;
     result
 }
 
-/// What is noted for one that was not said to be flushed may be there, or not.
-fn check_all(root: &str, count: usize) -> Result<()> {
+/// A change that was noted but not reported as flushed may be there or not.
+fn check_files(root: &str, count: usize) -> Result<()> {
     let synced = format!("{root}/var/tmp/synced");
     let lines = fs::read_to_string(format!("{synced}/lines"))?;
     let found = lines.lines().take(count).map(str::parse).map(Result::ok);
@@ -1045,7 +1073,7 @@ fn check_all(root: &str, count: usize) -> Result<()> {
     for (line, number) in notes.iter().zip(1..) {
         ensure!(
             sums.insert(path(line), line.trim_end()).is_some(),
-            "of {count} notes, {number}: {line}"
+            "note {number} of {count} is not of a file of the image: {line}"
         );
     }
     for line in (count + 1..).map_while(|number| note(number).ok()) {
@@ -1055,7 +1083,7 @@ fn check_all(root: &str, count: usize) -> Result<()> {
     fs::write(format!("{root}/sums"), list.join("\n") + "\n")?;
     let check = format!("cd {root} && sha256sum -c sums | grep -v ': OK$'");
     let (code, text) = output("sh", &["-c", &check])?;
-    // grep has found nothing, and sha256sum has said nothing else.
+    // grep matched no line, and sha256sum printed no error.
     ensure!(code == 1 && text.is_empty(), "files of the image: {text}");
     Ok(())
 }

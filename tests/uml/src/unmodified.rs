@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Debian's unmodified UML on /dev/anon, by devanon-run.
+//! Tests of Debian's unmodified UML on /dev/anon, started by devanon-run.
 
 use std::fs;
 use std::fs::File;
@@ -18,10 +18,10 @@ use rustix::mount::mount_remount;
 use rustix::mount::unmount;
 use rustix::process::Signal;
 
+use crate::guest::DEBIAN_UML;
+use crate::guest::DEVANON_RUN;
 use crate::guest::Guest;
-use crate::guest::RUN;
 use crate::guest::Setup;
-use crate::guest::UML;
 use crate::guest::USER;
 use crate::host;
 use crate::host::DEVICE;
@@ -32,14 +32,14 @@ use crate::ktap::Test;
 use crate::over;
 
 const GUESTS: usize = 4;
-/// There on a debug kernel.
+/// Exists on a debug kernel.
 const KMEMLEAK: &str = "/sys/kernel/debug/kmemleak";
-/// The host's own caches grow a little when a program runs for the first time. In KiB.
+/// How much the host's own caches grow when a program first runs, in KiB.
 const CACHES: i64 = 4 << 10;
-/// What KASAN and kmemleak noted of whom memory belonged to, they keep. In KiB.
-const NOTES: i64 = 64 << 10;
+/// How much KASAN and kmemleak keep of their records of allocations, in KiB.
+const DEBUG_RECORDS: i64 = 64 << 10;
 
-/// What passes from one test to the next.
+/// State that is passed from test to test.
 #[derive(Default)]
 struct State {
     node_works: bool,
@@ -47,37 +47,37 @@ struct State {
     guests: Vec<Guest>,
 }
 
-/// What a test returns that cannot be run because the driver is built in.
+/// Returned by a test that needs the driver as a module.
 const BUILT_IN: &str = "SKIP the driver is built in";
 
 const TESTS: &[Test<State>] = &[
     ("devanon-run: no /dev/anon", no_device),
     ("devanon-run: a node without its driver", no_driver),
     (
-        "devanon-run: a node opened before the module was loaded, and the cure",
+        "devanon-run: a node opened before the module was loaded, and how to recover",
         stale_node,
     ),
-    ("devanon-run: something else under the name", other_device),
+    ("devanon-run: /dev/anon is another file", other_file),
     ("devanon-run: no permission", no_permission),
     (
-        "devanon-run: memory may not be written and executed",
-        no_execution,
+        "devanon-run: writable and executable memory is denied",
+        mdwe,
     ),
     ("devanon-run: a static program", static_program),
     ("devanon-run: a setuid program", setuid_program),
     ("devanon-run: neither a program nor a script", not_a_program),
     ("devanon-run: no such command", no_command),
     (
-        "devanon-run: a program that never asks for memory",
+        "devanon-run: a program that never creates a memory file",
         not_used,
     ),
-    ("devanon-run: a UML that gets no memory file", no_file),
+    ("devanon-run: UML cannot create its memory file", no_file),
     (
         "four guests boot as an unprivileged user, one with /dev mounted noexec",
         boot,
     ),
     (
-        "two guests unpack their workload and find every file right",
+        "two guests unpack the workload and find every file correct",
         workload,
     ),
     ("the guests' memory is on /dev/anon", on_device),
@@ -85,13 +85,19 @@ const TESTS: &[Test<State>] = &[
         "the guests hold more than /tmp and /dev/shm could",
         more_than_tmp,
     ),
-    ("SIGKILL: every page of the guest is back", killed),
-    ("the files of a guest that stays are still right", survivors),
-    ("shutdown: every page of the guest is back", shut_down),
-    ("devanon-run passes SIGTERM on", terminated),
+    (
+        "SIGKILL: the host gets every page of the guest back",
+        killed,
+    ),
+    ("the files of a surviving guest are still correct", survivor),
+    (
+        "shutdown: the host gets every page of the guest back",
+        shut_down,
+    ),
+    ("devanon-run forwards SIGTERM", terminated),
     ("all guests gone: the host's memory is as before", all_back),
     (
-        "a file mapped over half of a program's pages: the host has that half back",
+        "a file mapped over half of a program's pages: the host gets that half back",
         map_over,
     ),
     ("the module unloads", unload),
@@ -107,63 +113,63 @@ pub fn run(node_works: bool) -> bool {
 
 /// devanon-run as the unprivileged user.
 fn devanon_run(command: &[&str]) -> Command {
-    let mut run = Command::new(RUN);
+    let mut run = Command::new(DEVANON_RUN);
     run.args(command).uid(USER).gid(USER);
     run
 }
 
-/// It must exit so; what it said.
-fn exits(run: &mut Command, status: i32) -> Result<String> {
-    let output = run.output().context(RUN)?;
+/// It must exit with this status. Returns its stderr.
+fn exits_with(run: &mut Command, status: i32) -> Result<String> {
+    let output = run.output().context(DEVANON_RUN)?;
     let stderr = String::from_utf8_lossy(&output.stderr)
         .trim_end()
         .to_owned();
     ensure!(
         output.status.code() == Some(status),
-        "{}, wanted {status}: {stderr}",
+        "{}, expected {status}: {stderr}",
         output.status
     );
     Ok(stderr)
 }
 
-/// It must exit so and say this, in one line.
-fn fails_as(run: &mut Command, status: i32, sentence: &str) -> Result<String> {
-    let stderr = exits(run, status)?;
+/// It must exit with this status, and one line that contains this sentence.
+fn command_fails(run: &mut Command, status: i32, sentence: &str) -> Result<String> {
+    let stderr = exits_with(run, status)?;
     ensure!(
         stderr.lines().count() == 1
             && stderr.starts_with("devanon-run: ")
             && stderr.contains(sentence),
-        "wanted one line with \"{sentence}\": {stderr}"
+        "expected one line with \"{sentence}\": {stderr}"
     );
     Ok(format!("{status}: {stderr}"))
 }
 
 fn fails(command: &[&str], status: i32, sentence: &str) -> Result<String> {
-    fails_as(&mut devanon_run(command), status, sentence)
+    command_fails(&mut devanon_run(command), status, sentence)
 }
 
 fn no_device(_: &mut State) -> Result<String> {
-    ensure!(!host::is_module()?, "the module is loaded already");
-    if host::is_driver_there()? {
+    ensure!(!host::module_is_loaded()?, "the module is loaded already");
+    if host::driver_is_present()? {
         return Ok(BUILT_IN.to_owned());
     }
     host::remove_node()?;
     fails(
         &["linux.uml"],
         120,
-        "there is no /dev/anon: load the module first",
+        "/dev/anon does not exist; load the module first",
     )
 }
 
 fn no_driver(_: &mut State) -> Result<String> {
-    if host::is_driver_there()? {
+    if host::driver_is_present()? {
         return Ok(BUILT_IN.to_owned());
     }
     host::make_node()?;
-    fails(&["linux.uml"], 120, "not its driver")
+    fails(&["linux.uml"], 120, "its driver is not loaded")
 }
 
-/// On a patched kernel the node of the test before works; on a stock one it has to be made anew.
+/// On a patched kernel the node of the previous test works. On a stock kernel it must be recreated.
 fn stale_node(state: &mut State) -> Result<String> {
     host::load_module()?;
     let text = if state.node_works {
@@ -176,17 +182,21 @@ fn stale_node(state: &mut State) -> Result<String> {
         )?
     };
     host::remove_node()?;
-    let gone = fails(&["linux.uml"], 120, "although its driver is there: mknod")?;
+    let gone = fails(
+        &["linux.uml"],
+        120,
+        "the driver is present but /dev/anon does not exist: mknod",
+    )?;
     host::make_node()?;
-    not_used(state).context("after the cure")?;
+    not_used(state).context("after recreating the node")?;
     Ok(format!("{text}\n{gone}"))
 }
 
-fn other_device(_: &mut State) -> Result<String> {
+fn other_file(_: &mut State) -> Result<String> {
     host::remove_node()?;
     File::create(DEVICE)?;
     host::chmod(DEVICE, 0o666)?;
-    let result = fails(&["linux.uml"], 120, "something else than the device");
+    let result = fails(&["linux.uml"], 120, "not the devanon device");
     host::remove_node()?;
     host::make_node()?;
     result
@@ -200,9 +210,9 @@ fn no_permission(_: &mut State) -> Result<String> {
 }
 
 /// As under systemd's MemoryDenyWriteExecute=.
-fn no_execution(_: &mut State) -> Result<String> {
+fn mdwe(_: &mut State) -> Result<String> {
     let mut run = devanon_run(&["linux.uml"]);
-    // SAFETY: between fork and exec there is only one system call, on the child itself.
+    // SAFETY: between fork and exec the child makes only one system call, which affects itself.
     unsafe {
         run.pre_exec(|| {
             let refuse = libc::PR_MDWE_REFUSE_EXEC_GAIN;
@@ -212,7 +222,7 @@ fn no_execution(_: &mut State) -> Result<String> {
             }
         });
     }
-    fails_as(&mut run, 122, "MemoryDenyWriteExecute=")
+    command_fails(&mut run, 122, "MemoryDenyWriteExecute=")
 }
 
 fn static_program(_: &mut State) -> Result<String> {
@@ -221,7 +231,7 @@ fn static_program(_: &mut State) -> Result<String> {
 
 fn setuid_program(_: &mut State) -> Result<String> {
     let program = "/setuid";
-    fs::copy(RUN, program)?;
+    fs::copy(DEVANON_RUN, program)?;
     host::chmod(program, 0o4755)?;
     let result = fails(&[program, "--help"], 123, "setuid");
     fs::remove_file(program)?;
@@ -242,22 +252,32 @@ fn no_command(_: &mut State) -> Result<String> {
 }
 
 fn not_used(_: &mut State) -> Result<String> {
-    fails(&[RUN, "--help"], 124, "without a memory file of /dev/anon")
+    fails(
+        &[DEVANON_RUN, "--help"],
+        124,
+        "without taking a memory file from /dev/anon",
+    )
 }
 
-/// With one descriptor left, /dev/anon can be opened but makes no file.
+/// With one descriptor left, /dev/anon can be opened, but the ioctl fails.
 fn no_file(_: &mut State) -> Result<String> {
     let program = "/tmp/few-files";
-    fs::write(program, format!("#!/bin/sh\nulimit -n 5\nexec {UML}\n"))?;
+    fs::write(
+        program,
+        format!("#!/bin/sh\nulimit -n 5\nexec {DEBIAN_UML}\n"),
+    )?;
     host::chmod(program, 0o755)?;
-    let result = exits(&mut devanon_run(&[program]), 1);
+    let result = exits_with(&mut devanon_run(&[program]), 1);
     fs::remove_file(program)?;
     let stderr = result?;
     for sentence in [
-        "devanon: no memory file from /dev/anon: Too many open files",
-        "devanon-run: /tmp/few-files ended without a memory file of /dev/anon",
+        "devanon: cannot get a memory file from /dev/anon: Too many open files",
+        "devanon-run: /tmp/few-files ended without taking a memory file from /dev/anon",
     ] {
-        ensure!(stderr.contains(sentence), "wanted \"{sentence}\": {stderr}");
+        ensure!(
+            stderr.contains(sentence),
+            "expected \"{sentence}\": {stderr}"
+        );
     }
     Ok(String::new())
 }
@@ -265,7 +285,7 @@ fn no_file(_: &mut State) -> Result<String> {
 fn boot(state: &mut State) -> Result<String> {
     host::shrink_caches()?;
     state.before = Some(Memory::now()?);
-    // UML runs from the memory it gets, and a noexec /dev could be thought to forbid that.
+    // UML executes code from its memory file. A noexec /dev must not prevent that.
     mount_bind("/dev", "/dev").context("binding /dev")?;
     let noexec = mount_remount("/dev", MountFlags::BIND | MountFlags::NOEXEC, "")
         .context("remounting /dev")
@@ -276,8 +296,8 @@ fn boot(state: &mut State) -> Result<String> {
         });
     unmount("/dev", UnmountFlags::DETACH)?;
     state.guests.push(noexec?);
-    // The second one starts with a process that ends before there is any other: the page of
-    // UML's system call stub is then mapped by nobody.
+    // In guest 2 the first process exits before there is any other. Then no process of the guest maps
+    // the page of UML's system call stub.
     for (number, arguments) in [(2, &["rdinit=/broken"][..]), (3, &[]), (GUESTS, &[])] {
         state
             .guests
@@ -296,15 +316,15 @@ fn boot(state: &mut State) -> Result<String> {
     Ok(String::new())
 }
 
-/// All guests are there: without any, the tests would have nothing to find wrong.
-fn all_there(state: &State) -> Result<()> {
+/// Checks that all guests are running: the tests would pass vacuously without them.
+fn check_all_running(state: &State) -> Result<()> {
     let number = state.guests.len();
-    ensure!(number == GUESTS, "{number} guests, wanted {GUESTS}");
+    ensure!(number == GUESTS, "{number} guests, expected {GUESTS}");
     Ok(())
 }
 
 fn workload(state: &mut State) -> Result<String> {
-    all_there(state)?;
+    check_all_running(state)?;
     let busy = &mut state.guests[GUESTS - 2..];
     for guest in &mut *busy {
         guest.say("unpack")?;
@@ -316,8 +336,8 @@ fn workload(state: &mut State) -> Result<String> {
 }
 
 fn on_device(state: &mut State) -> Result<String> {
-    all_there(state)?;
-    let before = state.before.context("the guests never started")?;
+    check_all_running(state)?;
+    let before = state.before.context("no guest was started")?;
     let mut text = String::new();
     let mut total = 0;
     for guest in &state.guests {
@@ -337,7 +357,7 @@ fn on_device(state: &mut State) -> Result<String> {
         );
     }
     let grown = Memory::now()?.shmem - before.shmem;
-    text += &format!("sum {total} KiB, Shmem grew by {grown} KiB\n");
+    text += &format!("total {total} KiB, Shmem grew by {grown} KiB\n");
     ensure!(
         (grown - total).abs() <= SHMEM_TOLERANCE,
         "{text}more than {SHMEM_TOLERANCE} KiB apart"
@@ -346,8 +366,8 @@ fn on_device(state: &mut State) -> Result<String> {
 }
 
 fn more_than_tmp(state: &mut State) -> Result<String> {
-    let (tmp_used, tmp) = host::filesystem("/tmp")?;
-    let (shm_used, shm) = host::filesystem("/dev/shm")?;
+    let (tmp_used, tmp) = host::filesystem_usage("/tmp")?;
+    let (shm_used, shm) = host::filesystem_usage("/dev/shm")?;
     let mut total = 0;
     for guest in &state.guests {
         total += guest.memory()?.cost;
@@ -358,17 +378,17 @@ fn more_than_tmp(state: &mut State) -> Result<String> {
         "{tmp_used} KiB of /tmp, {shm_used} of /dev/shm"
     );
     Ok(format!(
-        "{total} KiB against {tmp} + {shm}, of which {tmp_used} + {shm_used} are in use"
+        "{total} KiB; /tmp and /dev/shm have {tmp} + {shm} KiB, of which {tmp_used} + {shm_used} are in use"
     ))
 }
 
-/// Ends a guest and checks that Shmem falls by what the guest held.
-fn give_back(state: &mut State, end: fn(&mut Guest) -> Result<()>) -> Result<String> {
+/// Ends a guest and checks that Shmem falls by its cost.
+fn check_given_back(state: &mut State, end: fn(&mut Guest) -> Result<()>) -> Result<String> {
     let mut guest = state.guests.pop().context("no guest")?;
     let resident = guest.memory()?.cost;
     let before = Memory::now()?;
     end(&mut guest)?;
-    let after = Memory::with_shmem(before.shmem - resident)?;
+    let after = Memory::wait_shmem(before.shmem - resident)?;
     Ok(format!(
         "held {resident} KiB, Shmem fell by {} KiB",
         before.shmem - after.shmem
@@ -376,13 +396,13 @@ fn give_back(state: &mut State, end: fn(&mut Guest) -> Result<()>) -> Result<Str
 }
 
 fn killed(state: &mut State) -> Result<String> {
-    give_back(state, |guest| {
+    check_given_back(state, |guest| {
         guest.kill(Signal::KILL)?;
         guest.wait(&[128 + 9])
     })
 }
 
-fn survivors(state: &mut State) -> Result<String> {
+fn survivor(state: &mut State) -> Result<String> {
     let guest = state.guests.last_mut().context("no guest")?;
     guest.say("check")?;
     guest.wait_workload()?;
@@ -390,29 +410,33 @@ fn survivors(state: &mut State) -> Result<String> {
 }
 
 fn shut_down(state: &mut State) -> Result<String> {
-    give_back(state, Guest::power_off)
+    check_given_back(state, Guest::power_off)
 }
 
 fn terminated(state: &mut State) -> Result<String> {
-    give_back(state, |guest| {
+    check_given_back(state, |guest| {
         guest.kill_run(Signal::TERM)?;
-        // UML ends by itself when it gets this signal.
+        // UML exits by itself on SIGTERM.
         guest.wait(&[1])
     })
 }
 
 fn all_back(state: &mut State) -> Result<String> {
-    let before = state.before.context("the guests never started")?;
+    let before = state.before.context("no guest was started")?;
     for mut guest in state.guests.drain(..) {
         guest.power_off()?;
     }
     host::shrink_caches()?;
-    let after = Memory::with_shmem(before.shmem)?;
+    let after = Memory::wait_shmem(before.shmem)?;
     let text = format!(
         "Shmem {} KiB, then {}; free {} KiB, then {}",
         before.shmem, after.shmem, before.free, after.free
     );
-    let grown = if fs::exists(KMEMLEAK)? { NOTES } else { CACHES };
+    let grown = if fs::exists(KMEMLEAK)? {
+        DEBUG_RECORDS
+    } else {
+        CACHES
+    };
     ensure!(before.free - after.free <= grown, "{text}");
     Ok(text)
 }
@@ -427,11 +451,11 @@ fn map_over(_: &mut State) -> Result<String> {
 
 fn unload(state: &mut State) -> Result<String> {
     state.guests.clear();
-    if !host::is_module()? {
+    if !host::module_is_loaded()? {
         return Ok(BUILT_IN.to_owned());
     }
     host::unload_module()?;
-    // The node was made by hand, so it is ours to remove.
+    // The tests created the node by hand, so they remove it.
     host::remove_node()?;
     Ok(String::new())
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A Debian userland on our UML: the same work with the same results, wherever the memory is, while
-//! free pages are reported and memory is taken and given back.
+//! Tests of a Debian userland on our UML: its work must give correct results on every backing, while
+//! free pages are reported and memory is unplugged and plugged.
 
 use std::thread;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use anyhow::ensure;
 use crate::guest::Guest;
 use crate::host;
 use crate::host::Backing;
-use crate::kernel::make_room;
+use crate::kernel::mount_room;
 use crate::kernel::on;
 use crate::kernel::prepare;
 use crate::kernel::wait_reported;
@@ -25,38 +25,29 @@ use crate::ktap::Test;
 struct State {
     long: bool,
     here: bool,
-    /// Of a large process: how many, and how many of them continue the one before.
+    /// Of a large process on each backing: how many mappings it has, and how many are unmerged.
     mappings: Vec<(Backing, usize, usize)>,
 }
 
 const TESTS: &[Test<State>] = &[
     (
-        "/dev/anon, ptrace: the work is right while memory comes and goes",
+        "/dev/anon, ptrace: correct results while memory is unplugged and plugged",
         ptrace,
     ),
-    (
-        "/dev/anon, seccomp, two processors: the same",
-        two_processors,
-    ),
+    ("/dev/anon, seccomp, two CPUs: the same", two_cpus),
     ("a temporary file, seccomp: the same", file),
     ("/dev/anon, seccomp: the same", seccomp),
-    ("/dev/anon itself: the same", device),
-    (
-        "a process has as many mappings on the host as on tmpfs",
-        mappings,
-    ),
+    ("the device itself: the same", device),
+    ("the host merges mappings as well as on tmpfs", mappings),
 ];
 
-/// On a machine without /dev/anon.
-const HERE: &[Test<State>] = &[
+/// For a machine without /dev/anon.
+const HERE_TESTS: &[Test<State>] = &[
     (
-        "a memfd, ptrace: the work is right while memory comes and goes",
+        "a memfd, ptrace: correct results while memory is unplugged and plugged",
         memfd,
     ),
-    (
-        "a memfd, seccomp, two processors: the same",
-        memfd_two_processors,
-    ),
+    ("a memfd, seccomp, two CPUs: the same", memfd_two_cpus),
 ];
 
 const LONG_ONLY: &str = "SKIP only in the long form";
@@ -68,17 +59,17 @@ pub fn run(long: bool, here: bool) -> bool {
         ..State::default()
     };
     if here {
-        make_room() && ktap::run(HERE, &mut state)
+        mount_room() && ktap::run(HERE_TESTS, &mut state)
     } else {
         prepare() && ktap::run(TESTS, &mut state)
     }
 }
 
-/// Work of each kind, while a quarter of the memory goes and comes; then what a guest that is full
-/// of page cache gives.
-fn works(state: &mut State, backing: Backing, arguments: &[&str]) -> Result<String> {
+/// Runs work of each kind while a quarter of the memory is unplugged and plugged; then unplugs memory from
+/// a guest that is full of page cache.
+fn run_work(state: &mut State, backing: Backing, arguments: &[&str]) -> Result<String> {
     let setup = on(1, backing).with(arguments).size(256);
-    // All that Debian starts takes long in the VM.
+    // Booting all of Debian takes long in the VM.
     let setup = if state.long || state.here {
         setup.debian()
     } else {
@@ -113,13 +104,13 @@ fn works(state: &mut State, backing: Backing, arguments: &[&str]) -> Result<Stri
     guest.work("compile")?;
     guest.power_off()?;
     Ok(format!(
-        "a quarter taken and given back {cycles} times\n{reclaimed}\n\
+        "a quarter unplugged and plugged {cycles} times\n{reclaimed}\n\
          {most} mappings of a large process, {unmerged} of them unmerged\nin the end {excess} KiB more than in use"
     ))
 }
 
-/// Takes a quarter of the memory and gives it back until the work is done; how often. Where memory is
-/// short, there may be less to take. Three quarters of the time are left to the work.
+/// Unplugs and plugs a quarter of the memory until the work is done, and returns how often. With `short`,
+/// there may be less to unplug. Three quarters of the time are left to the work.
 pub fn plug_while_it_works(
     guest: &mut Guest,
     program: &str,
@@ -131,16 +122,16 @@ pub fn plug_while_it_works(
     let mut cycles = 0;
     guest.begin(program, words)?;
     loop {
-        let begun = Instant::now();
+        let start = Instant::now();
         let (all, taken) = console.plug(-quarter)?;
         ensure!(all || short, "{words}: {taken:?}");
-        // What there is not cannot be given back.
+        // A request to plug nothing is an error.
         if taken.unplugged > 0 {
             let (all, given) = console.plug(taken.unplugged)?;
             ensure!(all && given.unplugged == 0, "{words}: {given:?}");
         }
         cycles += 1;
-        let end = Instant::now() + 3 * begun.elapsed();
+        let end = Instant::now() + 3 * start.elapsed();
         while Instant::now() < end {
             if guest.is_done(program, words)? {
                 return Ok(cycles);
@@ -150,8 +141,8 @@ pub fn plug_while_it_works(
     }
 }
 
-/// The most mappings that the host has of any process, while one has much memory in small pieces;
-/// and how many of them could be one with the one before.
+/// Starts a process with much memory in small pieces. Returns the largest number of mappings of guest memory
+/// in any host process, and how many of them are unmerged.
 fn large_process(guest: &mut Guest) -> Result<(usize, usize)> {
     guest.say(
         "python3 -c 'import time; x = [str(i) * 9 for i in range(600000)]; \
@@ -169,9 +160,9 @@ fn large_process(guest: &mut Guest) -> Result<(usize, usize)> {
     Ok(most)
 }
 
-/// The guest reads files, and then more memory is taken than is free.
+/// Fills the page cache, then unplugs more memory than is free.
 fn reclaim(guest: &mut Guest) -> Result<String> {
-    /// In KiB.
+    /// How much more than is free, in KiB.
     const MORE: i64 = 48 << 10;
     guest.say("cat /usr/bin/* /usr/lib/x86_64-linux-gnu/* >/dev/null 2>&1; echo read")?;
     guest.expect("read")?;
@@ -181,50 +172,53 @@ fn reclaim(guest: &mut Guest) -> Result<String> {
     ensure!(all, "{now:?}, with {free} KiB free");
     let (all, now) = console.plug(free + MORE)?;
     ensure!(all && now.unplugged == 0, "{now:?}");
-    Ok(format!("{} KiB taken where {free} were free", free + MORE))
+    Ok(format!(
+        "{} KiB unplugged with {free} KiB free",
+        free + MORE
+    ))
 }
 
 fn ptrace(state: &mut State) -> Result<String> {
-    only_long(state, Backing::Anon, &[])
+    run_long_work(state, Backing::Anon, &[])
 }
 
-fn two_processors(state: &mut State) -> Result<String> {
-    only_long(state, Backing::Anon, &["seccomp=on", "ncpus=2"])
+fn two_cpus(state: &mut State) -> Result<String> {
+    run_long_work(state, Backing::Anon, &["seccomp=on", "ncpus=2"])
 }
 
 fn file(state: &mut State) -> Result<String> {
-    works(state, Backing::File, &["seccomp=on"])
+    run_work(state, Backing::File, &["seccomp=on"])
 }
 
-fn only_long(state: &mut State, backing: Backing, arguments: &[&str]) -> Result<String> {
+fn run_long_work(state: &mut State, backing: Backing, arguments: &[&str]) -> Result<String> {
     if state.long {
-        works(state, backing, arguments)
+        run_work(state, backing, arguments)
     } else {
         Ok(LONG_ONLY.to_owned())
     }
 }
 
 fn seccomp(state: &mut State) -> Result<String> {
-    works(state, Backing::Anon, &["seccomp=on"])
+    run_work(state, Backing::Anon, &["seccomp=on"])
 }
 
 fn device(state: &mut State) -> Result<String> {
-    only_long(state, Backing::Device, &[])
+    run_long_work(state, Backing::Device, &[])
 }
 
 fn memfd(state: &mut State) -> Result<String> {
-    works(state, Backing::Memfd, &[])
+    run_work(state, Backing::Memfd, &[])
 }
 
-fn memfd_two_processors(state: &mut State) -> Result<String> {
-    works(state, Backing::Memfd, &["seccomp=on", "ncpus=2"])
+fn memfd_two_cpus(state: &mut State) -> Result<String> {
+    run_work(state, Backing::Memfd, &["seccomp=on", "ncpus=2"])
 }
 
-/// Where a guest's pages lie differs from run to run, and with it the number of mappings. What the
-/// host merges on tmpfs and not on /dev/anon does not.
+/// The placement of a guest's pages, and with it the number of mappings, varies between runs. So compare
+/// the share of mappings that the host could merge but did not.
 fn mappings(state: &mut State) -> Result<String> {
-    let of = |wanted| {
-        let mut all = state.mappings.iter().filter(|(b, ..)| *b == wanted);
+    let of = |backing| {
+        let mut all = state.mappings.iter().filter(|(b, ..)| *b == backing);
         all.next().map(|(_, most, unmerged)| (*most, *unmerged))
     };
     let (anon, anon_unmerged) = of(Backing::Anon).context("no guest on /dev/anon")?;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Finds the command, and finds out whether a library can be preloaded into it.
+//! Finds the command and checks that a library can be preloaded into it.
 
 use std::env;
 use std::ffi::OsStr;
@@ -25,15 +25,15 @@ use rustix::process::geteuid;
 
 use crate::Failure;
 
-/// What a shell would run for this word.
+/// Returns the path that a shell would run for this word.
 pub fn find(word: &OsStr) -> Result<PathBuf, Failure> {
     let named = Path::new(word);
     let candidates: Vec<PathBuf> = if word.as_encoded_bytes().contains(&b'/') {
         vec![named.into()]
     } else {
         let list = env::var_os("PATH").unwrap_or_else(|| "/bin:/usr/bin".into());
-        // An empty entry is the current directory. Every candidate has a slash, so nobody looks
-        // for it in PATH again.
+        // An empty entry means the current directory. Joining to "." gives every candidate a
+        // slash, so exec does not search PATH again.
         env::split_paths(&list)
             .map(|dir| Path::new(".").join(dir).join(named))
             .collect()
@@ -52,10 +52,10 @@ pub fn find(word: &OsStr) -> Result<PathBuf, Failure> {
         .iter()
         .find(|path| path.is_file() && access(path.as_path(), Access::EXEC_OK).is_ok())
         .cloned()
-        .ok_or_else(|| Failure::new(126, format!("{} may not be executed", first.display())))
+        .ok_or_else(|| Failure::new(126, format!("{} is not executable", first.display())))
 }
 
-/// Whether the kernel makes the dynamic linker distrust the environment.
+/// Returns true if exec sets AT_SECURE, which makes the dynamic linker ignore LD_PRELOAD paths.
 fn gains_privilege(path: &Path) -> Result<bool, Failure> {
     if geteuid().is_root() {
         return Ok(false);
@@ -67,16 +67,16 @@ fn gains_privilege(path: &Path) -> Result<bool, Failure> {
     Ok(setuid || setgid || capable)
 }
 
-/// Why a program with these contents cannot be preloaded.
+/// Returns why no library can be preloaded into this image, or None if one can.
 fn obstacle(image: &[u8]) -> Option<&'static str> {
     if image.starts_with(b"#!") {
-        // The script may well start a UML, which inherits the environment.
+        // The script may start UML, which inherits the environment.
         return None;
     }
     if !image.starts_with(b"\x7fELF") {
         return Some("it is neither an ELF program nor a script");
     }
-    let machine = "it is for another machine than this x86-64";
+    let machine = "it is not an x86-64 program";
     let Ok(header) = FileHeader64::<Endianness>::parse(image) else {
         return Some(machine);
     };
@@ -88,24 +88,24 @@ fn obstacle(image: &[u8]) -> Option<&'static str> {
     }
     match header.program_headers(endian, image) {
         Ok(headers) if headers.iter().any(|h| h.p_type(endian) == PT_INTERP) => None,
-        Ok(_) => Some("it is statically linked; Debian's linux.uml is not"),
+        Ok(_) => Some("it is statically linked (Debian's linux.uml is not)"),
         Err(_) => Some("its ELF headers are damaged"),
     }
 }
 
-/// Refuses a program that the library cannot be preloaded into.
+/// Returns an error if the library cannot be preloaded into this program.
 pub fn check(path: &Path) -> Result<(), Failure> {
     let refuse = |why| {
         Failure::new(
             123,
-            format!("{} cannot be preloaded: {why}", path.display()),
+            format!("cannot preload into {}: {why}", path.display()),
         )
     };
-    // The program headers follow the ELF header; this much holds a thousand of them.
+    // The program headers follow the ELF header; 64 KiB holds over a thousand of them.
     let mut image = Vec::new();
     match File::open(path) {
         Ok(file) => file.take(65536).read_to_end(&mut image)?,
-        // Execute permission without read permission: let it run, the end will tell.
+        // Executable but not readable: run it; a missing memory file is reported at its end.
         Err(_) => return Ok(()),
     };
     if let Some(why) = obstacle(&image) {
@@ -122,24 +122,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_can_be_preloaded() {
-        // A shell is linked dynamically, and a script may start such a program.
+    fn accepts_dynamic_program_and_script() {
         let shell = fs::read("/bin/sh").unwrap();
         assert_eq!(obstacle(&shell), None);
         assert_eq!(obstacle(b"#!/bin/sh\n"), None);
     }
 
     #[test]
-    fn what_cannot() {
+    fn rejects_other_images() {
         let mut own = fs::read("/bin/sh").unwrap();
         assert!(obstacle(b"some text").unwrap().contains("neither"));
         own[4] = 1; // EI_CLASS: 32 bits
-        assert!(obstacle(&own).unwrap().contains("another machine"));
+        assert!(obstacle(&own).unwrap().contains("x86-64"));
         own[4] = 2;
         own[18] = 0xb7; // e_machine: AArch64
-        assert!(obstacle(&own).unwrap().contains("another machine"));
-        own[18] = 62;
-        own[56] = 0; // e_phnum: none, so no PT_INTERP either
+        assert!(obstacle(&own).unwrap().contains("x86-64"));
+        own[18] = 62; // EM_X86_64
+        own[56] = 0; // e_phnum: zero, so no PT_INTERP
         own[57] = 0;
         assert!(obstacle(&own).unwrap().contains("static"));
     }

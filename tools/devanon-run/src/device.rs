@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Whether `/dev/anon` can give a UML its memory, and what to do if not.
+//! Checks that `/dev/anon` can provide memory for UML, and says what to do if it cannot.
 
 use std::ffi::c_void;
 use std::os::fd::AsFd;
@@ -57,65 +57,60 @@ unsafe impl Ioctl for DevanonNew {
     }
 
     unsafe fn output_from_ptr(out: IoctlOutput, _: *mut c_void) -> Result<OwnedFd, Errno> {
-        // SAFETY: a descriptor that the kernel has just made, and nobody else knows.
+        // SAFETY: the kernel has just created this descriptor; nothing else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(out) })
     }
 }
 
-/// The sentence for a failed open.
+/// Explains a failed open.
 fn open_failure(error: Errno) -> Failure {
     let loaded = Path::new("/sys/class/devanon").exists();
     match error {
         Errno::NOENT if loaded => Failure::new(
             120,
-            "there is no /dev/anon although its driver is there: mknod -m 666 /dev/anon c 1 10",
+            "the driver is present but /dev/anon does not exist: mknod -m 666 /dev/anon c 1 10",
         ),
         Errno::NOENT => Failure::new(
             120,
-            "there is no /dev/anon: load the module first, modprobe devanon",
+            "/dev/anon does not exist; load the module first: modprobe devanon",
         ),
-        // The kernel remembers in the inode what an open found, even when the open failed.
+        // The kernel caches the result of the driver lookup in the inode, even if the open fails.
         Errno::NXIO if loaded => Failure::new(
             120,
-            "/dev/anon was opened before the module was loaded, and that node stays dead: \
+            "/dev/anon was opened before the module was loaded, and that node stays unusable: \
              rm /dev/anon; mknod -m 666 /dev/anon c 1 10",
         ),
         Errno::NXIO => Failure::new(
             120,
-            "/dev/anon is there but not its driver: rm /dev/anon; modprobe devanon",
+            "/dev/anon exists but its driver is not loaded: rm /dev/anon; modprobe devanon",
         ),
         Errno::ACCESS
             if statvfs(DEVICE).is_ok_and(|fs| fs.f_flag.contains(StatVfsMountFlags::NODEV)) =>
         {
-            Failure::new(121, "/dev/anon lies on a filesystem mounted nodev")
+            Failure::new(121, "/dev/anon is on a filesystem mounted nodev")
         }
-        // The node's mode and its filesystem give EACCES.
+        // Mode bits and a nodev mount give EACCES; EPERM is the device cgroup or a sandbox.
         Errno::PERM => Failure::new(
             121,
-            "a container, unit or sandbox may not open /dev/anon: DeviceAllow=/dev/anon rw, or --device /dev/anon",
+            "the container, unit or sandbox does not allow /dev/anon: DeviceAllow=/dev/anon rw, or --device /dev/anon",
         ),
         Errno::ACCESS => Failure::new(
             121,
-            "no permission to open /dev/anon: as root, chmod 666 /dev/anon",
+            "no permission to open /dev/anon; as root: chmod 666 /dev/anon",
         ),
         error => Failure::new(120, format!("cannot open /dev/anon: {error}")),
     }
 }
 
-/// Does once what the UML will do: open, make a file, map it executable.
+/// Tries what UML will do: open the device, create a file, map it executable.
 pub fn check() -> Result<(), Failure> {
     let device =
         open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(open_failure)?;
-    let other = || {
-        Failure::new(
-            120,
-            "/dev/anon is something else than the device of devanon",
-        )
-    };
+    let not_devanon = || Failure::new(120, "/dev/anon is not the devanon device");
     if !FileType::from_raw_mode(fstat(&device)?.st_mode).is_char_device() {
-        return Err(other());
+        return Err(not_devanon());
     }
-    // SAFETY: a file that does not know the command refuses it.
+    // SAFETY: any other device rejects the command.
     let file = unsafe {
         ioctl(
             &device,
@@ -126,25 +121,25 @@ pub fn check() -> Result<(), Failure> {
         )
     };
     let file = file.map_err(|error| match error {
-        Errno::NOTTY | Errno::INVAL => other(),
-        error => Failure::new(125, format!("/dev/anon makes no file: {error}")),
+        Errno::NOTTY | Errno::INVAL => not_devanon(),
+        error => Failure::new(125, format!("cannot create a file on /dev/anon: {error}")),
     })?;
     ftruncate(&file, PAGE as u64)?;
     map_executable(file.as_fd()).map_err(|error| match error {
         Errno::PERM | Errno::ACCESS => Failure::new(
             122,
-            "this process may not have memory that is both written to and executed, and UML needs \
-             that: look for MemoryDenyWriteExecute= or another security policy",
+            "memory that is both writable and executable is denied, and UML needs it: \
+             look for MemoryDenyWriteExecute= or another security policy",
         ),
-        error => Failure::new(125, format!("cannot map memory of /dev/anon: {error}")),
+        error => Failure::new(125, format!("cannot map a file of /dev/anon: {error}")),
     })
 }
 
 fn map_executable(file: rustix::fd::BorrowedFd<'_>) -> Result<(), Errno> {
-    let rights = ProtFlags::READ | ProtFlags::WRITE | ProtFlags::EXEC;
-    // SAFETY: a new mapping, at an address of the kernel's choice, unmapped before anybody uses it.
+    let prot = ProtFlags::READ | ProtFlags::WRITE | ProtFlags::EXEC;
+    // SAFETY: a new mapping, at an address chosen by the kernel, unmapped before anything uses it.
     unsafe {
-        let at = mmap(ptr::null_mut(), PAGE, rights, MapFlags::SHARED, file, 0)?;
+        let at = mmap(ptr::null_mut(), PAGE, prot, MapFlags::SHARED, file, 0)?;
         munmap(at, PAGE)
     }
 }

@@ -50,34 +50,34 @@ use signal_hook::low_level::siginfo::Cause;
 
 const LIBRARY: &str = "libdevanon_preload.so";
 const REPORT_ENV: &str = "DEVANON_RUN_REPORT";
-/// UML makes its memory file at once; after this long something is wrong.
-const PATIENCE: Timespec = Timespec {
+/// UML creates its memory file as it starts; if that takes longer than this, warn.
+const REPORT_TIMEOUT: Timespec = Timespec {
     tv_sec: 10,
     tv_nsec: 0,
 };
 
-/// Run a User-Mode Linux with its memory on /dev/anon
+/// Run User-Mode Linux with its memory on /dev/anon
 ///
-/// The command is an unmodified, dynamically linked UML (Debian's linux.uml), or a script that
-/// starts one. The file it makes for its memory in a temporary directory comes from /dev/anon
-/// instead: neither the size of /tmp and /dev/shm nor their mount options matter.
+/// The command is an unmodified, dynamically linked UML (such as Debian's linux.uml), or a script
+/// that starts one. UML keeps its memory in a temporary file; devanon-run replaces that file with
+/// one from /dev/anon, so the sizes and mount options of /tmp and /dev/shm do not matter.
 #[derive(Parser)]
 #[command(
     version,
     after_help = "\
-Exit status: the command's own, 128+N when signal N killed it, or
-    2  wrong usage
-  120  no usable /dev/anon
+Exit status: that of the command, 128+N if signal N killed it, or
+    2  usage error
+  120  /dev/anon does not exist or does not work
   121  no permission to open /dev/anon
-  122  memory may not be both written to and executed
-  123  the command cannot be preloaded: static, setuid, or for another machine
-  124  the command ended well, but without a memory file of /dev/anon
-  125  another failure of devanon-run itself
+  122  memory that is both writable and executable is denied
+  123  cannot preload into the command: static, setuid, or not x86-64
+  124  the command exited with 0, but never took a memory file from /dev/anon
+  125  devanon-run failed in another way
   126  the command cannot be executed
   127  the command was not found
 
-Files: libdevanon_preload.so, next to devanon-run or in ../lib/devanon from there.
-To go without devanon-run: LD_PRELOAD=/path/to/libdevanon_preload.so linux.uml ..."
+Files: libdevanon_preload.so, in the directory of devanon-run or in ../lib/devanon relative to it.
+Without devanon-run: LD_PRELOAD=/path/to/libdevanon_preload.so linux.uml ..."
 )]
 struct Args {
     /// The UML to run, and its arguments
@@ -85,7 +85,7 @@ struct Args {
     command: Vec<OsString>,
 }
 
-/// What went wrong: one sentence, and the exit status for it.
+/// An error message and the exit status for it.
 struct Failure {
     status: u8,
     text: String,
@@ -112,26 +112,29 @@ impl From<rustix::io::Errno> for Failure {
     }
 }
 
-/// The preload library's path, as `LD_PRELOAD` can hold it.
+/// Returns the preload library's path, in a form that `LD_PRELOAD` accepts.
 fn library() -> Result<PathBuf, Failure> {
     let program = env::current_exe()?;
     let here = program.parent().unwrap_or(Path::new("/"));
-    let places = [
+    let candidates = [
         here.join(LIBRARY),
         here.join("../lib/devanon").join(LIBRARY),
     ];
-    let found = places.iter().find(|place| place.is_file()).ok_or_else(|| {
-        let text = format!(
-            "no {LIBRARY} next to {} or in ../lib/devanon",
-            program.display()
-        );
-        Failure::new(125, text)
-    })?;
+    let found = candidates
+        .iter()
+        .find(|path| path.is_file())
+        .ok_or_else(|| {
+            let text = format!(
+                "cannot find {LIBRARY} next to {} or in ../lib/devanon",
+                program.display()
+            );
+            Failure::new(125, text)
+        })?;
     let found = found.canonicalize()?;
-    // LD_PRELOAD is a list, separated by these, and has no way to quote them.
+    // LD_PRELOAD is a list separated by colons or spaces, which cannot be quoted.
     if found.to_string_lossy().contains([':', ' ']) {
         let text = format!(
-            "{} cannot be preloaded: its path has a colon or a space",
+            "{} cannot be preloaded: its path contains a colon or a space",
             found.display()
         );
         return Err(Failure::new(125, text));
@@ -139,7 +142,7 @@ fn library() -> Result<PathBuf, Failure> {
     Ok(found)
 }
 
-/// Passes signals on to the command, except those the terminal has sent it already.
+/// Forwards signals to the command, except those that it also got from the terminal.
 fn forward_signals(signals: &mut SignalsInfo<WithOrigin>, command: &OwnedFd, pid: Pid) {
     for origin in signals.forever() {
         let from_terminal = origin.cause == Cause::Kernel;
@@ -147,23 +150,23 @@ fn forward_signals(signals: &mut SignalsInfo<WithOrigin>, command: &OwnedFd, pid
             continue;
         }
         if let Some(signal) = Signal::from_named_raw(origin.signal) {
-            // Fails only when the command is gone, and then there is nobody to tell.
+            // Fails only if the command has exited.
             let _ = pidfd_send_signal(command, signal);
         }
     }
 }
 
-/// Waits until one of these can be read, or the time is over.
-fn readable(fds: &[&OwnedFd], time: Timespec) -> bool {
+/// Waits until one of the descriptors is readable. Returns false on timeout.
+fn readable(fds: &[&OwnedFd], timeout: Timespec) -> bool {
     let mut fds: Vec<_> = fds
         .iter()
         .map(|fd| PollFd::new(*fd, PollFlags::IN))
         .collect();
-    matches!(poll(&mut fds, Some(&time)), Ok(1..))
+    matches!(poll(&mut fds, Some(&timeout)), Ok(1..))
 }
 
-/// The exit status, and what there is to say about it.
-fn conclude(status: ExitStatus, used: bool, path: &Path) -> u8 {
+/// Returns the exit status for devanon-run. Warns if UML never took its memory file.
+fn exit_code(status: ExitStatus, used: bool, path: &Path) -> u8 {
     let code = match (status.code(), status.signal()) {
         (Some(code), _) => code as u8,
         (None, signal) => 128 + signal.unwrap_or(0) as u8,
@@ -172,7 +175,7 @@ fn conclude(status: ExitStatus, used: bool, path: &Path) -> u8 {
         return code;
     }
     eprintln!(
-        "devanon-run: {} ended without a memory file of /dev/anon",
+        "devanon-run: {} ended without taking a memory file from /dev/anon",
         path.display()
     );
     if code == 0 { 124 } else { code }
@@ -184,8 +187,8 @@ fn run(command: &[OsString]) -> Result<u8, Failure> {
     let path = command::find(&command[0])?;
     command::check(&path)?;
 
-    // The far end stays open in the command. It is a datagram socket: what was sent stays
-    // there, whoever closes what.
+    // The far end stays open in the command. This is a datagram socket: a report stays readable
+    // after its sender has closed.
     let (report, far) = socketpair(
         AddressFamily::UNIX,
         SocketType::DGRAM,
@@ -214,14 +217,14 @@ fn run(command: &[OsString]) -> Result<u8, Failure> {
 
     let result = supervise(&mut child, signals, &report, &path);
     if result.is_err() {
-        // Nobody would be left to look after it.
+        // Do not leave the command running unsupervised.
         let _ = child.kill();
         let _ = child.wait();
     }
     result
 }
 
-/// Looks after the command to its end.
+/// Supervises the command until it exits.
 fn supervise(
     child: &mut Child,
     mut signals: SignalsInfo<WithOrigin>,
@@ -233,9 +236,9 @@ fn supervise(
     let target = pidfd.try_clone()?;
     thread::Builder::new().spawn(move || forward_signals(&mut signals, &target, pid))?;
 
-    if !readable(&[report, &pidfd], PATIENCE) {
+    if !readable(&[report, &pidfd], REPORT_TIMEOUT) {
         eprintln!(
-            "devanon-run: {} has no memory file of /dev/anon yet",
+            "devanon-run: {} has not taken a memory file from /dev/anon yet",
             path.display()
         );
     }
@@ -247,7 +250,7 @@ fn supervise(
             tv_nsec: 0,
         },
     );
-    Ok(conclude(status, used, path))
+    Ok(exit_code(status, used, path))
 }
 
 fn main() -> ExitCode {

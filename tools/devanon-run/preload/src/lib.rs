@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Preloaded into a User-Mode Linux, this library answers one open: the one that makes the
-//! file behind the guest's memory. The answer is an anonymous file of `/dev/anon`.
+//! Preloaded into User-Mode Linux, this library intercepts one open: the one that creates the
+//! file behind the guest's memory. It returns an anonymous file of `/dev/anon` instead.
 //!
 //! UML opens `O_TMPFILE | O_EXCL | O_RDWR`, mode 0700, in a temporary directory: a file that
-//! has no name and can never get one. The file of `/dev/anon` is such a file too. Every other
-//! open goes to the C library as it is.
+//! has no name and can never get one. A file of `/dev/anon` has no name either. Every other
+//! open is passed to the C library unchanged.
 //!
-//! `devanon-run` sets this up. By hand it is `LD_PRELOAD=/path/libdevanon_preload.so linux.uml ...`.
+//! `devanon-run` sets this up. Without it: `LD_PRELOAD=/path/libdevanon_preload.so linux.uml ...`.
 
 use std::ffi::CStr;
 use std::ffi::c_char;
@@ -30,25 +30,25 @@ const DEVANON_IOC_NEW: c_ulong = 0x4008_da01;
 const DEVANON_CLOEXEC: u32 = 1;
 const DEVICE: &CStr = c"/dev/anon";
 
-/// Where to say that UML has its memory file: `<descriptor>:<inode>` of a socket. The inode is
-/// there because the descriptor may be closed, and its number taken by another file.
+/// Names the socket on which to report that UML has its memory file, as `<descriptor>:<inode>`.
+/// The inode guards against the descriptor having been closed and its number reused.
 const REPORT_ENV: &CStr = c"DEVANON_RUN_REPORT";
 
 const PAGE: usize = 4096;
 
-/// Whether these are the arguments of UML's `make_tempfile()`. Older ones lack `O_CLOEXEC`.
+/// Returns true for the arguments that UML's `make_tempfile()` uses. Older UMLs omit `O_CLOEXEC`.
 fn is_memory_file(flags: c_int, mode: libc::mode_t) -> bool {
     let ignored = libc::O_CLOEXEC | libc::O_LARGEFILE;
     flags & !ignored == libc::O_RDWR | libc::O_EXCL | libc::O_TMPFILE && mode == 0o700
 }
 
-/// Asks `/dev/anon` for a new anonymous file.
+/// Creates an anonymous file on `/dev/anon`.
 fn new_file(cloexec: bool) -> Result<c_int, Error> {
     let arg = DevanonNew {
         flags: if cloexec { DEVANON_CLOEXEC } else { 0 },
         reserved: 0,
     };
-    // SAFETY: the path is a C string; the ioctl reads `arg`, which lives across the call.
+    // SAFETY: the path is a C string; the ioctl reads `arg`, which outlives the call.
     unsafe {
         let device = libc::openat64(
             libc::AT_FDCWD,
@@ -65,7 +65,8 @@ fn new_file(cloexec: bool) -> Result<c_int, Error> {
     }
 }
 
-/// Finds the size of the program's image in memory, by the first call, the program itself.
+/// Stores the in-memory size of the program's image. The first entry is the program itself, so
+/// this stops the iteration there.
 extern "C" fn image_size(info: *mut libc::dl_phdr_info, _: usize, size: *mut c_void) -> c_int {
     // SAFETY: `dl_iterate_phdr` passes a valid entry, whose headers are mapped, and our pointer.
     unsafe {
@@ -78,16 +79,16 @@ extern "C" fn image_size(info: *mut libc::dl_phdr_info, _: usize, size: *mut c_v
     1
 }
 
-/// Keeps the part of `file` mapped that stands for the program's own image.
+/// Keeps a mapping of the part of `file` that corresponds to the program's own image.
 ///
-/// UML writes its system call stub there with write(2) and never maps it itself; only its
-/// guest's processes do. When the last of them exits, the page would be freed, and the next one
-/// would run zeros. The first page of the image is an ELF header and no stub: leaving it out
-/// keeps nothing of UML's one-page test files.
+/// UML writes its system call stub there with write(2) and never maps it itself; only the
+/// guest's processes do. When the last of them exits, the page would be freed, and the next
+/// process would execute zeros. The first page of the image holds the ELF header, never the stub.
+/// Leaving it out means that UML's one-page test files are not pinned.
 fn keep_image(file: c_int) -> Result<(), Error> {
     let mut size = 0usize;
-    // SAFETY: the mapping is new, at an address nobody uses, and is never accessed. It is not
-    // for children, which would each hold the page.
+    // SAFETY: the mapping is new, at an unused address, and is never accessed. Children do not
+    // inherit it: each of them would keep the page.
     unsafe {
         libc::dl_iterate_phdr(Some(image_size), (&raw mut size).cast());
         if size <= PAGE {
@@ -110,10 +111,10 @@ fn keep_image(file: c_int) -> Result<(), Error> {
     Ok(())
 }
 
-/// Tells `devanon-run`, if it is there, that UML has its memory file.
+/// Tells `devanon-run`, if it started this process, that UML has its memory file.
 fn report() {
-    // SAFETY: `getenv` gives null or a C string that stays while nobody changes the
-    // environment; `stat` is written before it is read; one byte is sent.
+    // SAFETY: `getenv` returns null or a C string that is valid until the environment changes;
+    // `stat` is written before it is read; one byte is sent.
     unsafe {
         let text = libc::getenv(REPORT_ENV.as_ptr());
         if text.is_null() {
@@ -160,8 +161,8 @@ fn memory_file(flags: c_int) -> c_int {
             (file, before)
         }
         Err(error) => {
-            let text = format!("devanon: no memory file from /dev/anon: {error}\n");
-            // A closed stderr is no reason to fail in another way.
+            let text = format!("devanon: cannot get a memory file from /dev/anon: {error}\n");
+            // A closed stderr must not change the error.
             let _ = std::io::stderr().write_all(text.as_bytes());
             (-1, error.raw_os_error().unwrap_or(libc::EIO))
         }
@@ -171,8 +172,8 @@ fn memory_file(flags: c_int) -> c_int {
     file
 }
 
-/// open(2). The mode comes in a register whether the caller passed one or not; it is looked at
-/// only with flags that need it, as the C library does.
+/// open(2). The mode argument arrives in a register even if the caller passed none. As in the C
+/// library, it is used only with flags that require a mode.
 ///
 /// # Safety
 ///
@@ -182,11 +183,11 @@ pub unsafe extern "C" fn open(path: *const c_char, flags: c_int, mode: libc::mod
     if is_memory_file(flags, mode) {
         return memory_file(flags);
     }
-    // SAFETY: the caller's promise. In the C library open(2) is openat(2) from here too.
+    // SAFETY: the caller upholds it. The C library implements open(2) by openat(2) as well.
     unsafe { libc::openat(libc::AT_FDCWD, path, flags, mode) }
 }
 
-/// open(2) by its other name, the one Debian's `linux.uml` uses.
+/// open64(), which Debian's `linux.uml` calls.
 ///
 /// # Safety
 ///
@@ -210,10 +211,10 @@ mod tests {
     fn only_the_memory_file() {
         assert!(is_memory_file(UML | libc::O_CLOEXEC, 0o700));
         assert!(is_memory_file(UML, 0o700));
-        // One that could get a name by linkat(2), and one of another mode.
+        // A file that linkat(2) could name, and one with another mode.
         assert!(!is_memory_file(UML & !libc::O_EXCL, 0o700));
         assert!(!is_memory_file(UML, 0o600));
-        // O_TMPFILE has the bit of O_DIRECTORY in it.
+        // O_TMPFILE includes the O_DIRECTORY bit.
         assert!(!is_memory_file(
             libc::O_RDWR | libc::O_EXCL | libc::O_DIRECTORY,
             0o700
