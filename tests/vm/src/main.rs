@@ -408,13 +408,13 @@ struct Received {
 }
 
 /// Runs the VM until it ends or the limit is reached. Returns QEMU's exit status, if it exited. With
-/// `tests`, the command's output is printed and parsed as KTAP.
+/// `echo`, the command's output is printed and parsed as KTAP.
 fn run_vm<S: AsRef<std::ffi::OsStr>>(
     machine: &Machine,
     words: &[S],
     limit: Duration,
     received: &mut Received,
-    tests: bool,
+    echo: bool,
 ) -> Result<Option<ExitStatus>> {
     const STDOUT: &str = "cannot write to standard output";
     let mut log = File::create(machine.directory.join("ktap.log"))?;
@@ -454,7 +454,7 @@ fn run_vm<S: AsRef<std::ffi::OsStr>>(
         let text = String::from_utf8_lossy(&line);
         let text = text.trim_end_matches(['\n', '\r']);
         if let Some(word) = text.strip_prefix("devanon-init: ") {
-            if !received.started && tests {
+            if !received.started && echo {
                 let seconds = vm.start.elapsed().as_secs_f64();
                 eprintln!("devanon-vm: PID 1 after {seconds:.1} s");
             }
@@ -465,7 +465,7 @@ fn run_vm<S: AsRef<std::ffi::OsStr>>(
             blank_held = false;
         } else if received.status.is_some() {
             received.unexpected(text);
-        } else if tests {
+        } else if echo {
             received.ktap.line(text);
             let mut out = std::io::stdout();
             // PID 1 writes an empty line before its verdict, so this one may not be the command's.
