@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The chart: MiB of host memory over the seconds, or the guests, of each run.
+//! The chart: MiB of host memory over seconds, or over the number of guests, for each run.
 
 use anyhow::Result;
 use plotters::backend::SVGBackend;
@@ -25,8 +25,8 @@ use crate::life::Run;
 use crate::life::Sample;
 
 const SIZE: (u32, u32) = (1000, 520);
-/// Those of Okabe and Ito that a line on white can have; the colour-blind can tell them apart.
-/// More runs take them again.
+/// The colours of Okabe and Ito's colour-blind safe palette that are legible on white. With more
+/// runs than colours, the colours repeat.
 const COLOURS: [RGBColor; 5] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -38,24 +38,26 @@ const GUEST: RGBColor = RGBColor(90, 90, 90);
 const PHASE: RGBColor = RGBColor(180, 180, 180);
 const MESH: RGBColor = RGBColor(230, 230, 230);
 
-/// In pixels: the height of a row of the legend, the room a phase's name takes next to its line,
-/// and the room between a name and what else is there.
+// In pixels.
+/// Height of a row of the legend.
 const ROW: i32 = 20;
+/// Width of a phase's name, which is written upwards next to its line.
 const NAME: i32 = 16;
+/// Space between a name and anything else.
 const GAP: i32 = 5;
 
-/// Seconds or guests, and MiB.
+/// Points: seconds or number of guests, and MiB.
 type Line = Vec<(f64, f64)>;
 type Pixel = (i32, i32);
 
-/// Draws runs, of which there is at least one.
-pub fn svg(title: &str, along: &str, runs: &[Run]) -> Result<String> {
+/// Draws the runs; there must be at least one.
+pub fn svg(title: &str, x_label: &str, runs: &[Run]) -> Result<String> {
     let mut text = String::new();
-    draw(&mut text, title, along, runs)?;
+    draw(&mut text, title, x_label, runs)?;
     Ok(text)
 }
 
-fn draw(text: &mut String, title: &str, along: &str, runs: &[Run]) -> Result<()> {
+fn draw(text: &mut String, title: &str, x_label: &str, runs: &[Run]) -> Result<()> {
     let first = &runs[0];
     let hosts: Vec<Line> = runs.iter().map(host).collect();
     let guest = guest(first);
@@ -99,7 +101,7 @@ fn draw(text: &mut String, title: &str, along: &str, runs: &[Run]) -> Result<()>
         .axis_style(BLACK)
         .label_style(style(15))
         .axis_desc_style(style(16))
-        .x_desc(along)
+        .x_desc(x_label)
         .y_desc("MiB of host memory")
         .x_label_formatter(&tick)
         .y_label_formatter(&tick)
@@ -114,8 +116,8 @@ fn draw(text: &mut String, title: &str, along: &str, runs: &[Run]) -> Result<()>
         chart.draw_series(LineSeries::new(line.clone(), *style))?;
     }
 
-    // Names of phases go on top, next to their lines: to the right, or to the left if there is room
-    // only there, and no other phase's line. Rather than over each other they go over a run's line.
+    // The name of a phase goes next to the phase's line, as high as there is room: to the right, or else
+    // to the left if no other phase's line is there. Otherwise it overlaps a run's line rather than a name.
     let segments = |lines: &[Line]| -> Vec<(Pixel, Pixel)> {
         let pixel = |point| chart.backend_coord(point);
         let pairs = lines.iter().flat_map(|line| line.windows(2));
@@ -163,7 +165,7 @@ fn host(run: &Run) -> Line {
     run.samples.iter().map(point).collect()
 }
 
-/// A line for each stretch of time in which the guest could be asked.
+/// A line for each period in which the guest could be queried.
 fn guest(run: &Run) -> Vec<Line> {
     let point = |sample: &Sample| Some((sample.at, mib(sample.guest_used_kib?)));
     run.samples
@@ -177,12 +179,12 @@ fn mib(kib: u64) -> f64 {
     kib as f64 / 1024.0
 }
 
-/// A number at an axis, without what binary fractions leave.
+/// Formats a number on an axis, without binary rounding errors.
 fn tick(value: &f64) -> String {
     ((value * 100.0).round() / 100.0).to_string()
 }
 
-/// The highest place for a name of this length that keeps away from what is taken.
+/// Finds the highest place for a name of this length that keeps its distance from the `taken` spans.
 fn place(mut taken: Vec<(i32, i32)>, (top, bottom): (i32, i32), length: i32) -> Option<i32> {
     taken.sort_unstable();
     taken.push((bottom + GAP, bottom));
@@ -201,7 +203,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_keep_away() {
+    fn names_keep_their_distance() {
         let place = |taken: &[(i32, i32)]| place(taken.to_vec(), (100, 300), 50);
         assert_eq!(place(&[]), Some(100));
         assert_eq!(place(&[(170, 180), (90, 120)]), Some(185));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The lives of some guests, or their number, as the program in the VM writes them: JSON lines.
+//! The records that devanon-uml writes in the VM as JSON lines: the cost of guests over time, or over
+//! the number of guests.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +12,7 @@ use anyhow::anyhow;
 use anyhow::ensure;
 use serde::Deserialize;
 
-/// A line.
+/// One line of the input.
 #[derive(Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Record {
@@ -21,20 +22,20 @@ enum Record {
     Run(Title),
 }
 
-/// A second of a run, or one more guest.
+/// A measurement after some seconds of a run, or with some number of guests.
 #[derive(Deserialize)]
 pub struct Sample {
     run: String,
-    /// Since the start of the run; or with so many guests.
+    /// Seconds since the start of the run, or the number of guests.
     #[serde(rename = "seconds", alias = "guests")]
     pub at: f64,
-    /// What the guest's memory file, or all there is of guests, costs the host.
+    /// What the guest's memory file, or all guests together, cost the host.
     pub host_kib: u64,
-    /// None while the guest cannot be asked.
+    /// None while the guest cannot be queried.
     pub guest_used_kib: Option<u64>,
 }
 
-/// Where a phase of a run begins.
+/// The start of a phase of a run.
 #[derive(Deserialize)]
 pub struct Phase {
     run: String,
@@ -48,7 +49,7 @@ pub struct Figure {
     pub name: String,
     pub value: f64,
     pub unit: String,
-    /// The value is to be at most this. A figure without is for information.
+    /// The highest acceptable value. A figure without a goal is informational.
     pub goal: Option<f64>,
 }
 
@@ -58,7 +59,7 @@ struct Title {
     title: String,
 }
 
-/// All of one run, with at least one sample.
+/// The records of one run: at least one sample.
 pub struct Run {
     name: String,
     pub title: String,
@@ -66,7 +67,7 @@ pub struct Run {
     pub phases: Vec<Phase>,
 }
 
-/// Runs are in the order of their first lines.
+/// All records. Runs are in the order of their first lines.
 #[derive(Default)]
 pub struct Life {
     pub runs: Vec<Run>,
@@ -79,7 +80,7 @@ impl Life {
         Self::parse(&text).with_context(|| path.display().to_string())
     }
 
-    /// Takes bytes: what is no record may be a guest's console, and anything.
+    /// Takes bytes: lines that are not records may be a guest's console output, hence not UTF-8.
     fn parse(text: &[u8]) -> Result<Self> {
         let mut life = Self::default();
         for (number, line) in (1..).zip(text.split(|&byte| byte == b'\n')) {
@@ -104,7 +105,7 @@ impl Life {
         }
     }
 
-    /// The run of that name, which is its title until there is a better one.
+    /// Finds or adds the run of that name, which is also its title until a record gives one.
     fn run(&mut self, name: &str) -> &mut Run {
         let known = self.runs.iter().position(|run| run.name == name);
         let index = known.unwrap_or_else(|| {
@@ -120,7 +121,7 @@ impl Life {
     }
 }
 
-/// To the parser every line is line 1, which would only confuse.
+/// Parses one line. Removes the parser's own line number from errors, as that is always 1.
 fn record(line: &[u8]) -> Result<Record> {
     serde_json::from_slice(line)
         .map_err(|error| anyhow!("{}", error.to_string().replace(" at line 1 ", " at ")))
@@ -137,13 +138,13 @@ mod tests {
 
     fn error(text: &str) -> String {
         match Life::parse(text.as_bytes()) {
-            Ok(_) => panic!("{text} was taken"),
+            Ok(_) => panic!("{text} was accepted"),
             Err(error) => format!("{error:#}"),
         }
     }
 
     #[test]
-    fn records_come_to_their_runs() {
+    fn records_are_grouped_by_run() {
         let text = format!(
             "KTAP version 1\n{}\n{SAMPLE}\r\n{}\n\n # {{\n{}\n",
             r#"{"run":{"run":"shm","title":"/dev/shm"}}"#,
@@ -161,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_their_lines() {
+    fn errors_have_line_numbers() {
         assert_eq!(
             error(&format!(
                 "{SAMPLE}\nok 1 - {{}}\n{{\"figure\":{{\"name\":\"\",\"value\":1}}}}"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Draws what a UML guest cost the host over its life, and judges the figures of it.
+//! Plots the host memory that UML guests cost, and checks the measured figures against their goals.
 
 mod chart;
 mod life;
@@ -20,40 +20,40 @@ use serde::Serialize;
 use crate::life::Figure;
 use crate::life::Life;
 
-/// Draws what UML guests cost the host over their lives, and judges the figures of it.
+/// Plots the host memory that UML guests cost, and checks the measured figures against their goals.
 ///
-/// The input is JSON lines, as the program in the VM writes them; lines that do not start with {
-/// are skipped. A table of the figures goes to standard output.
+/// The input is JSON lines, as written by devanon-uml in the VM; lines that do not start with { are
+/// skipped. A table of the figures goes to standard output.
 #[derive(Parser)]
 #[command(
     name = "devanon-plot",
     after_help = "\
 Exit status:
   0  all figures meet their goals
-  1  some miss theirs
+  1  some figures miss their goals
   2  wrong usage
   3  the input cannot be read or parsed, or output cannot be written"
 )]
 struct Cli {
-    /// Reads samples, phases, figures and titles of runs from there
+    /// Input: samples, phases, figures and titles of runs
     #[arg(long, value_name = "FILE")]
     input: PathBuf,
 
-    /// Writes the chart there
+    /// Where to write the chart
     #[arg(long, value_name = "FILE")]
     svg: PathBuf,
 
-    /// Writes {"figures":[...]} there
+    /// Where to write {"figures":[...]}
     #[arg(long, value_name = "FILE")]
     results: PathBuf,
 
-    /// Stands above the chart
+    /// Title above the chart
     #[arg(long, default_value = "A UML guest's life")]
     title: String,
 
-    /// Stands below it: what samples are taken along
+    /// Label of the horizontal axis
     #[arg(long, default_value = "seconds")]
-    along: String,
+    x_label: String,
 }
 
 #[derive(Serialize)]
@@ -67,7 +67,7 @@ struct Judged {
     value: f64,
     unit: String,
     goal: Option<f64>,
-    /// Of the value as it was measured, not as it is rounded.
+    /// Whether the value meets the goal, before rounding.
     met: Option<bool>,
 }
 
@@ -83,7 +83,7 @@ impl From<Figure> for Judged {
     }
 }
 
-/// A value worth showing. Adding zero makes zero of -0.
+/// Rounds to thousandths. Adding zero turns -0 into 0.
 fn thousandths(value: f64) -> f64 {
     (value * 1000.0).round() / 1000.0 + 0.0
 }
@@ -99,10 +99,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether all goals are met.
+/// Returns true if all goals are met.
 fn run(cli: &Cli) -> Result<bool> {
     let life = Life::read(&cli.input)?;
-    let svg = chart::svg(&cli.title, &cli.along, &life.runs).context("cannot draw the chart")?;
+    let svg = chart::svg(&cli.title, &cli.x_label, &life.runs).context("cannot draw the chart")?;
     let figures = life.figures.into_iter().map(Judged::from).collect();
     let results = Results { figures };
 
@@ -143,8 +143,10 @@ fn table(figures: &[Judged]) -> String {
     }
     let [name, value, unit, goal, _] = widths;
     let mut text = String::new();
-    for [what, is, of, at_most, verdict] in &rows {
-        text += &format!("{what:<name$}  {is:>value$} {of:<unit$}  {at_most:>goal$}  {verdict}\n");
+    for [figure, number, suffix, limit, verdict] in &rows {
+        text += &format!(
+            "{figure:<name$}  {number:>value$} {suffix:<unit$}  {limit:>goal$}  {verdict}\n"
+        );
     }
     text
 }
@@ -163,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_for_each_figure() {
+    fn one_row_per_figure() {
         assert_eq!(
             table(&[
                 judged("what is left", 4.25, "MiB", Some(10.0)),
@@ -180,7 +182,7 @@ größter Rest  118.75 MiB  100.5  MISSED
     }
 
     #[test]
-    fn values_are_rounded_but_judged_as_they_are() {
+    fn values_are_judged_before_rounding() {
         let over = judged("over", 10.000_1, "MiB", Some(10.0));
         assert_eq!((over.value, over.met), (10.0, Some(false)));
         let exact = judged("exact", 10.0, "MiB", Some(10.0));

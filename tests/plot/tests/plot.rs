@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The program as a whole: what it writes, and its exit statuses.
+//! Tests of the whole program: its output and its exit statuses.
 
 use std::fs;
 use std::path::Path;
@@ -16,7 +16,7 @@ struct Run {
     stderr: String,
 }
 
-/// A directory of a test's own.
+/// Makes an empty directory for a test.
 fn directory(test: &str) -> PathBuf {
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(test);
     let _ = fs::remove_dir_all(&directory);
@@ -38,7 +38,7 @@ fn plot(directory: &Path, options: &[&str]) -> Run {
     }
 }
 
-/// Runs it on an input.
+/// Runs devanon-plot with these lines as its input.
 fn plot_lines(directory: &Path, lines: &[String]) -> Run {
     fs::write(directory.join("life.jsonl"), lines.join("\n")).expect("input can be written");
     plot(directory, &["--results", "results.json"])
@@ -50,7 +50,7 @@ fn samples(run: &str, count: u32) -> Vec<String> {
             "run": run,
             "seconds": second,
             "host_kib": 1024 * (10 + second),
-            // Cannot be asked in the first two seconds.
+            // The guest cannot be queried in the first two seconds.
             "guest_used_kib": (second > 1).then_some(1024 * second),
         }})
     };
@@ -75,7 +75,7 @@ fn read(directory: &Path, name: &str) -> String {
     fs::read_to_string(directory.join(name)).expect("output is there")
 }
 
-/// How many points each line of the chart has that has more than a few.
+/// The number of points of each line of the chart that has more than two.
 fn points(svg: &str) -> Vec<usize> {
     svg.lines()
         .filter(|line| line.starts_with("<polyline"))
@@ -123,7 +123,7 @@ seen      250 MiB     -  -
     );
 
     let svg = read(&directory, "life.svg");
-    // What the guest uses is below what it costs.
+    // The line of the guest's own use is drawn first.
     assert_eq!(points(&svg), [28, 30, 40]);
     assert!(svg.ends_with("</svg>\n"), "{svg}");
     for text in [

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Curves: what an operation needs as there is more of everything.
+//! Growth curves: the cost of an unmap against the number of VMAs, or of other processes that map the page.
 
 use anyhow::Result;
 use plotters::backend::SVGBackend;
@@ -22,7 +22,7 @@ use plotters::style::WHITE;
 use crate::measures::Measures;
 
 const SIZE: (u32, u32) = (1000, 420);
-/// Of Okabe and Ito; the colour-blind can tell them apart.
+/// Colours from Okabe and Ito's colour-blind safe palette.
 const SUBJECTS: [(&str, RGBColor); 5] = [
     ("device", RGBColor(0, 114, 178)),
     ("ioctl", RGBColor(213, 94, 0)),
@@ -31,7 +31,7 @@ const SUBJECTS: [(&str, RGBColor); 5] = [
     ("private", RGBColor(90, 90, 90)),
 ];
 const MESH: RGBColor = RGBColor(230, 230, 230);
-/// In pixels.
+/// Height of the legend, in pixels.
 const ROW: i32 = 20;
 const CAPTION: u32 = 16;
 
@@ -41,7 +41,7 @@ pub fn svg(measures: &Measures) -> Result<String> {
     Ok(text)
 }
 
-/// Names of what was measured at more than one place, in order.
+/// Names of the benchmarks that have a curve, in order.
 fn curves(measures: &Measures) -> Vec<&str> {
     let mut names: Vec<&str> = Vec::new();
     for measure in measures.0.iter().filter(|m| m.at.is_some()) {

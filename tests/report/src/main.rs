@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What devanon-bench measured, as ratios: a door of /dev/anon against a peer in the same run.
+//! Turns the results of devanon-bench into ratios: a door of /dev/anon (the device or the ioctl)
+//! against a peer in the same run.
 
 mod growth;
 mod measures;
@@ -21,14 +22,14 @@ use clap::Subcommand;
 use crate::measures::Measures;
 use crate::ratios::Results;
 
-/// Makes ratios of what devanon-bench measured, and judges them.
+/// Turns the results of devanon-bench into ratios, and checks them against goals or a baseline.
 #[derive(Parser)]
 #[command(
     name = "devanon-report",
     after_help = "\
 Exit status:
-  0  every goal is met but those that the floor shows to be out of reach; nothing is worse
-  1  a goal is missed, or a ratio is worse than the baseline's
+  0  every goal is met, except goals below their floor, which are out of reach; nothing is worse
+  1  a goal is missed, or a ratio is worse than in the baseline
   2  wrong usage
   3  the input cannot be read or parsed, or output cannot be written"
 )]
@@ -39,22 +40,22 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Prints tables of ratios, those with goals last
+    /// Prints tables of ratios; those with goals come last
     Table {
-        /// Instructions measured on a kernel, JSON lines; may be repeated
+        /// Instruction counts measured on a kernel, JSON lines; may be repeated
         #[arg(long = "kernel", value_name = "NAME=FILE", value_parser = named_file, required = true)]
         kernels: Vec<(String, PathBuf)>,
-        /// Time measured on the first of these kernels, for a column beside
+        /// Times measured on the first of these kernels, for an extra column
         #[arg(long, value_name = "FILE")]
         plain: Option<PathBuf>,
-        /// Writes {"ratios":[...]} there
+        /// Where to write {"ratios":[...]}
         #[arg(long, value_name = "FILE")]
         results: PathBuf,
-        /// Draws the curves of growth there
+        /// Where to write the growth curves
         #[arg(long, value_name = "FILE")]
         svg: PathBuf,
     },
-    /// Names the ratios that are worse than those of a baseline by more than 2 %
+    /// Lists the ratios that are worse than in a baseline by more than 2 %
     Compare {
         #[arg(long, value_name = "FILE")]
         results: PathBuf,
@@ -92,12 +93,12 @@ fn run(command: Command) -> Result<bool> {
                 .map(|(name, file)| Ok((name, Measures::read(&file)?)))
                 .collect::<Result<_>>()?;
             let plain = plain.map(|file| Measures::read(&file)).transpose()?;
-            let found = Results::new(&kernels, plain.as_ref());
-            write(&results, &(serde_json::to_string_pretty(&found)? + "\n"))?;
-            let drawn = growth::svg(&kernels[0].1).context("cannot draw the curves")?;
-            write(&svg, &drawn)?;
-            print(&found.tables())?;
-            Ok(found.good())
+            let ratios = Results::new(&kernels, plain.as_ref());
+            write(&results, &(serde_json::to_string_pretty(&ratios)? + "\n"))?;
+            let curves = growth::svg(&kernels[0].1).context("cannot draw the curves")?;
+            write(&svg, &curves)?;
+            print(&ratios.tables())?;
+            Ok(ratios.goals_met())
         }
         Command::Compare { results, baseline } => {
             let worse = Results::read(&results)?.worse_than(&Results::read(&baseline)?);
@@ -114,6 +115,6 @@ fn write(path: &Path, text: &str) -> Result<()> {
 }
 
 fn print(text: &str) -> Result<()> {
-    let done = io::stdout().write_all(text.as_bytes());
-    done.context("cannot write to standard output")
+    let written = io::stdout().write_all(text.as_bytes());
+    written.context("cannot write to standard output")
 }

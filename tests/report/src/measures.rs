@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a run in a VM measured.
+//! The results of devanon-bench from one VM.
 
 use std::fs;
 use std::path::Path;
@@ -15,25 +15,25 @@ struct Line {
     measure: Measure,
 }
 
-/// What one subject needs for one operation.
+/// The cost of one operation on one subject.
 #[derive(Deserialize)]
 pub struct Measure {
     pub name: String,
-    /// What one operation is.
+    /// Says what one operation is.
     pub operation: String,
-    /// Where on the curve, of those that belong to one.
+    /// The position on the growth curve, if the measure belongs to one.
     pub at: Option<usize>,
     pub subject: String,
-    /// "time" (nanoseconds, or instructions where a nanosecond is one), "bytes" or "VMAs".
+    /// "time" (nanoseconds, which are instructions in a VM with icount), "bytes" or "VMAs".
     pub unit: String,
     pub value: f64,
 }
 
-/// All of a run, in its order.
+/// All measures of a run, in input order.
 pub struct Measures(pub Vec<Measure>);
 
 impl Measures {
-    /// Reads lines of JSON, which may be comments of KTAP; all others are skipped.
+    /// Reads JSON lines, bare or in KTAP diagnostics ("# {"); other lines are skipped.
     pub fn read(path: &Path) -> Result<Self> {
         let text =
             fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;

@@ -16,10 +16,10 @@ use crate::measures::Measures;
 
 const DOORS: [&str; 2] = ["device", "ioctl"];
 const PEERS: [&str; 4] = ["memfd", "tmpfs", "zero", "private"];
-/// How much worse than the baseline's a ratio may be.
+/// How much worse than in the baseline a ratio may be.
 const TOLERANCE: f64 = 1.02;
 
-/// What is to be reached.
+/// The highest acceptable ratio of a door to a peer.
 struct Goal {
     name: &'static str,
     peer: &'static str,
@@ -27,12 +27,12 @@ struct Goal {
     floor: Option<Floor>,
 }
 
-/// The least that could be needed: as much as this by the peer, where the page stays, and what the
-/// kernel itself needs to remove one page. No call to have it removed, no look who else maps it, no
-/// lock is in that.
+/// A lower bound: the peer's cost of the benchmark `page_stays`, where the page is not freed, plus the
+/// kernel's own cost of removing one page. The bound does not include the call that has the page
+/// removed, the check for other mappings of the page, or any lock.
 #[derive(Clone, Copy)]
 struct Floor {
-    stays: &'static str,
+    page_stays: &'static str,
 }
 
 const GOALS: &[Goal] = &[
@@ -41,13 +41,13 @@ const GOALS: &[Goal] = &[
     goal("unmap and free, bulk", "memfd", 1.00),
     Goal {
         floor: Some(Floor {
-            stays: "unmap one of two mappings, by 4 KiB",
+            page_stays: "unmap one of two mappings, by 4 KiB",
         }),
         ..goal("unmap and free, by 4 KiB", "memfd", 0.70)
     },
     Goal {
         floor: Some(Floor {
-            stays: "map a file over a page that stays",
+            page_stays: "map a file over a page that stays",
         }),
         ..goal("map a file over a page", "tmpfs", 0.80)
     },
@@ -71,7 +71,7 @@ const fn goal(name: &'static str, peer: &'static str, at_most: f64) -> Goal {
     }
 }
 
-/// A door against a peer.
+/// The cost of a door relative to a peer.
 #[derive(Serialize, Deserialize)]
 pub struct Ratio {
     name: String,
@@ -80,16 +80,17 @@ pub struct Ratio {
     peer: String,
     value: f64,
     goal: Option<f64>,
-    /// To the thousandth, as it is printed: two runs do not agree to more.
+    /// Compared to the thousandth, as printed: two runs do not agree any closer.
     met: Option<bool>,
-    /// The least it could be: see [`Floor`].
+    /// The lower bound of the ratio: see [`Floor`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     floor: Option<f64>,
-    /// Of times that were measured without instructions being counted.
+    /// The ratio of plain times, measured without counting instructions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     plain: Option<f64>,
-    /// Of the values: instructions, ns, bytes or VMAs for an operation, and what that is.
+    /// The unit of the two values: instructions, ns, bytes or VMAs per operation.
     unit: String,
+    /// Says what one operation is.
     operation: String,
     door_value: f64,
     peer_value: f64,
@@ -105,7 +106,7 @@ fn rounded(value: f64, digits: i32) -> f64 {
     (value * scale).round() / scale
 }
 
-/// A ratio as it is printed, and as a goal is held against it.
+/// A ratio as it is printed, and as it is compared with its goal.
 fn shown(value: f64) -> String {
     format!("{:.3}", rounded(value, 3))
 }
@@ -118,25 +119,25 @@ fn title(measure: &Measure) -> String {
 }
 
 impl Results {
-    /// `plain` belongs to the first kernel.
+    /// `plain` has the times measured on the first kernel.
     pub fn new(kernels: &[(String, Measures)], plain: Option<&Measures>) -> Self {
         let mut ratios = Vec::new();
         for (number, (kernel, measures)) in kernels.iter().enumerate() {
             let plain = plain.filter(|_| number == 0);
             for measure in &measures.0 {
                 if DOORS.contains(&measure.subject.as_str()) {
-                    ratios.extend(of_door(kernel, measures, plain, measure));
+                    ratios.extend(ratios_of(kernel, measures, plain, measure));
                 }
             }
         }
-        // What only time was measured of.
+        // Benchmarks for which only time was measured.
         for measure in plain.iter().flat_map(|plain| &plain.0) {
             let (kernel, counted) = &kernels[0];
             let door = DOORS.contains(&measure.subject.as_str());
             if door && !counted.0.iter().any(|m| m.name == measure.name) {
                 let plain = plain.unwrap_or(counted);
                 ratios.extend(
-                    of_door(kernel, plain, Some(plain), measure).map(|mut ratio| {
+                    ratios_of(kernel, plain, Some(plain), measure).map(|mut ratio| {
                         ratio.unit = "ns".to_owned();
                         ratio
                     }),
@@ -152,26 +153,26 @@ impl Results {
         serde_json::from_str(&text).with_context(|| format!("cannot parse {}", path.display()))
     }
 
-    /// Whether no goal is missed that could be met.
-    pub fn good(&self) -> bool {
+    /// Returns true if every goal that is not out of reach is met.
+    pub fn goals_met(&self) -> bool {
         self.ratios.iter().all(|ratio| ratio.verdict() != "MISSED")
     }
 
-    /// A table for each kernel, and one of what has goals.
+    /// A table for each kernel, and one of the ratios that have goals.
     pub fn tables(&self) -> String {
         let kernels: BTreeSet<&str> = self.ratios.iter().map(|r| r.kernel.as_str()).collect();
         let mut text = String::new();
         for kernel in kernels {
             text += &format!(
-                "Linux {kernel}: instructions (ns, bytes, VMAs where it says so) for an operation, and ratios to peers\n\n"
+                "Linux {kernel}: instructions (or ns, bytes, VMAs, where stated) per operation, and ratios to peers\n\n"
             );
-            text += &self.of_kernel(kernel);
+            text += &self.kernel_table(kernel);
             text += "\n";
         }
-        text + "What has a goal\n\n" + &self.with_goals()
+        text + "Ratios with goals\n\n" + &self.goal_table()
     }
 
-    fn of_kernel(&self, kernel: &str) -> String {
+    fn kernel_table(&self, kernel: &str) -> String {
         let mut rows = vec![
             [
                 "",
@@ -182,7 +183,7 @@ impl Results {
                 "/zero",
                 "/private",
                 "/memfd, time",
-                "an operation is",
+                "one operation is",
             ]
             .map(str::to_owned)
             .to_vec(),
@@ -218,7 +219,7 @@ impl Results {
         aligned(&rows)
     }
 
-    fn with_goals(&self) -> String {
+    fn goal_table(&self) -> String {
         let mut rows = vec![
             [
                 "", "kernel", "door", "against", "ratio", "goal", "floor", "",
@@ -244,7 +245,7 @@ impl Results {
         aligned(&rows)
     }
 
-    /// What of `baseline` is missing here, or worse by more than the tolerance.
+    /// The ratios of `baseline` that are missing here, or worse by more than the tolerance.
     pub fn worse_than(&self, baseline: &Self) -> Vec<String> {
         let mut worse = Vec::new();
         for old in &baseline.ratios {
@@ -258,7 +259,7 @@ impl Results {
             };
             match self.ratios.iter().find(same) {
                 None => worse.push(format!("{what}: not measured")),
-                // Times of an emulator say little.
+                // Times in an emulator are too noisy to compare.
                 Some(_) if old.unit == "ns" => {}
                 Some(new) if new.value > old.value * TOLERANCE => {
                     worse.push(format!(
@@ -288,15 +289,15 @@ impl Ratio {
 impl Floor {
     fn of(self, measures: &Measures, peer: &str) -> Option<f64> {
         let value = |name: &str, subject: &str| measures.value(name, None, subject);
-        let Self { stays } = self;
+        let Self { page_stays } = self;
         let removal = value("punch a hole, a page in it", "memfd")?
             - value("punch a hole, nothing in it", "memfd")?;
-        Some(value(stays, peer)? + removal)
+        Some(value(page_stays, peer)? + removal)
     }
 }
 
-/// The ratios of a door: to each peer, and to itself where the curve begins.
-fn of_door<'a>(
+/// The ratios of a door's measure: to each peer, and at the end of a growth curve to its start.
+fn ratios_of<'a>(
     kernel: &'a str,
     measures: &'a Measures,
     plain: Option<&'a Measures>,
@@ -320,7 +321,7 @@ fn of_door<'a>(
         let goal = GOALS
             .iter()
             .find(|goal| goal.name == name && goal.peer == peer)
-            // A stock kernel does not merge what is mapped through the device.
+            // A stock kernel does not merge VMAs that map the device.
             .filter(|_| measure.unit != "VMAs" || door == "ioctl" || kernel == "patched");
         let value = measure.value / peer_value;
         let floor = goal.and_then(|goal| goal.floor?.of(measures, peer));
@@ -345,7 +346,7 @@ fn of_door<'a>(
     })
 }
 
-/// Columns: the first to the left, those of numbers to the right.
+/// Aligns columns: text to the left, numbers (except in the first column) to the right.
 fn aligned(rows: &[Vec<String>]) -> String {
     let width = |column: usize| {
         let cells = rows.iter().map(|row| row[column].chars().count());
@@ -406,17 +407,17 @@ mod tests {
     fn goals() {
         let good = results(100.0, 70.0, 10.0);
         assert_eq!(verdicts(&good), ["met", "met"]);
-        assert!(good.good());
+        assert!(good.goals_met());
         let bad = results(100.1, 70.1, 10.0);
         assert_eq!(verdicts(&bad), ["MISSED", "MISSED"]);
-        assert!(!bad.good());
+        assert!(!bad.goals_met());
         let floor = results(99.0, 90.0, 51.0);
         assert_eq!(verdicts(&floor), ["met", "out of reach"]);
-        assert!(floor.good());
+        assert!(floor.goals_met());
     }
 
     #[test]
-    fn what_is_worse() {
+    fn worse_than_the_baseline() {
         let old = results(100.0, 70.0, 10.0);
         assert!(results(101.9, 71.0, 10.0).worse_than(&old).is_empty());
         assert_eq!(

@@ -2,19 +2,19 @@
 
 //! Signs of kernel trouble on the console.
 //!
-//! Everything on the console counts, not only what the kernel itself printed: a test that writes
-//! one of these words to its standard error is in trouble, too.
+//! Everything on the console counts, not only the kernel's own output: a test that writes one of
+//! these patterns to its standard error has trouble as well.
 
-/// What comes before a report.
-pub const CUT: &str = "[ cut here ]";
+/// The line that precedes a kernel report.
+pub const CUT_HERE: &str = "[ cut here ]";
 
-/// Each sign: pieces that one line must hold, in any order.
+/// Each sign is a list of substrings that one line must contain, in any order.
 ///
-/// Not among them: injected faults, allocations that failed, and the OOM killer at work. What turns
-/// a detector off is one only where the detector says so here: devanon-init asks kmemleak and
-/// lockdep themselves.
+/// Injected faults, failed allocations and OOM kills are not signs. A detector that has turned
+/// itself off is a sign only if it says so on the console: devanon-init queries kmemleak and
+/// lockdep directly.
 const SIGNS: [&[&str]; 38] = [
-    &[CUT],
+    &[CUT_HERE],
     &["BUG:"],
     &["kernel BUG at"],
     &["WARNING:"],
@@ -54,23 +54,22 @@ const SIGNS: [&[&str]; 38] = [
     &["not ok "],
 ];
 
-fn holds(line: &str, pieces: &[&str]) -> bool {
+fn contains_all(line: &str, pieces: &[&str]) -> bool {
     pieces.iter().all(|piece| line.contains(piece))
 }
 
-/// Is this line a sign of kernel trouble?
+/// Returns true if this line is a sign of kernel trouble.
 fn is_trouble(line: &str) -> bool {
-    // "traps: NAME[PID] general protection fault" is a program of user space that ended by its
-    // own fault.
-    SIGNS.iter().any(|sign| holds(line, sign)) && !line.contains("traps: ")
+    // "traps: NAME[PID] general protection fault" is a crash of a user-space program.
+    SIGNS.iter().any(|sign| contains_all(line, sign)) && !line.contains("traps: ")
 }
 
-/// The lines that are signs of kernel trouble.
-pub fn troubles(lines: &[&str]) -> Vec<usize> {
+/// Indices of the lines that are signs of kernel trouble.
+pub fn trouble_lines(lines: &[&str]) -> Vec<usize> {
     (0..lines.len()).filter(|&n| is_trouble(lines[n])).collect()
 }
 
-/// The lines of a console log, without the carriage returns of a serial line.
+/// The lines of a console log, without the serial console's carriage returns.
 pub fn lines(log: &str) -> Vec<&str> {
     log.lines()
         .map(|line| line.trim_end_matches('\r'))
@@ -82,8 +81,8 @@ pub fn tail<'a>(lines: &'a [&'a str], count: usize) -> &'a [&'a str] {
     &lines[lines.len().saturating_sub(count)..]
 }
 
-/// Taint that the kernel has after the run, had not before, and that an out-of-tree (O), unsigned
-/// (E) module does not explain; as the kernel's own letters.
+/// Taint flags set during the run, other than those of an out-of-tree (O), unsigned (E) module, as
+/// the kernel's own letters.
 pub fn new_taint(before: u64, after: u64) -> String {
     const LETTERS: &str = "PFSRMBUDAWCIOELKXTNJ";
     const EXPECTED: u64 = (1 << 12) | (1 << 13);
@@ -99,7 +98,7 @@ mod tests {
     use super::*;
 
     /// One real line for each sign, in the order of [`SIGNS`].
-    const SEEN: [&str; SIGNS.len()] = [
+    const EXAMPLES: [&str; SIGNS.len()] = [
         "[    1.0] ------------[ cut here ]------------",
         "[    1.0] BUG: kernel NULL pointer dereference, address: 0000000000000000",
         "[    1.0] kernel BUG at mm/filemap.c:153!",
@@ -141,15 +140,15 @@ mod tests {
     ];
 
     #[test]
-    fn every_sign_is_seen_by_itself() {
-        for (sign, line) in SIGNS.iter().zip(SEEN) {
-            assert!(holds(line, sign), "{sign:?} is not in {line:?}");
+    fn every_sign_matches_its_example() {
+        for (sign, line) in SIGNS.iter().zip(EXAMPLES) {
+            assert!(contains_all(line, sign), "{sign:?} is not in {line:?}");
             assert!(is_trouble(line), "{line}");
         }
     }
 
     #[test]
-    fn ordinary_lines_are_no_trouble() {
+    fn ordinary_lines_are_not_signs() {
         for line in [
             "[    0.1] rcu: Hierarchical RCU implementation.",
             "[    0.1] rcu: \tRCU CPU stall warnings timeout set to 60 (rcu_cpu_stall_timeout).",

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Puts together what the VM boots into. Not compressed: unpacking costs more than reading.
+//! Builds the VM's initramfs. It is not compressed: decompressing costs more than reading.
 
 use std::collections::BTreeSet;
 use std::collections::HashMap;
@@ -20,18 +20,18 @@ use anyhow::Result;
 use anyhow::bail;
 use cpio::newc;
 
-/// The user that runs what needs no privilege.
+/// "user" runs whatever needs no privilege.
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nuser:x:1000:1000:user:/tmp:/bin/sh\n";
 const GROUP: &str = "root:x:0:\nuser:x:1000:\n";
 
-/// Kernel modules for what runs in the VM to load. Swap needs a device, and zram is one; the others
-/// are for disks, and for files that are used as such.
+/// Kernel modules that programs in the VM can load: zram as a swap device, the others for disks and
+/// for filesystem images.
 const MODULES: [&str; 4] = ["zram", "virtio_blk", "loop", "ext4"];
 
 /// An archive being written.
 pub struct Archive {
     out: Option<BufWriter<File>>,
-    /// Every path in it, so that a directory comes before its files and nothing comes twice.
+    /// Every path written so far: a directory must precede its files, and no path may be repeated.
     paths: BTreeSet<PathBuf>,
 }
 
@@ -52,7 +52,7 @@ impl Archive {
             }
         }
         if !self.paths.insert(path.to_owned()) {
-            bail!("/{} comes twice", path.display());
+            bail!("/{} is added twice", path.display());
         }
         let name = path.to_str().context("a path is not UTF-8")?;
         let out = self.out.take().expect("put back below");
@@ -74,7 +74,7 @@ impl Archive {
         self.entry(Path::new(path), 0o120777, target.as_bytes())
     }
 
-    /// Copies a file in; everyone may read and run it.
+    /// Copies a file in, readable and executable by everyone.
     pub fn file(&mut self, from: &Path, to: &str) -> Result<()> {
         let data = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
         self.entry(Path::new(to), 0o100755, &data)
@@ -86,10 +86,10 @@ impl Archive {
         Ok(())
     }
 
-    /// What every VM has: PID 1, busybox and two users.
+    /// Adds what every VM has: PID 1, busybox and two users.
     pub fn base(&mut self, init: &Path) -> Result<()> {
         const BUSYBOX: &str = "/bin/busybox";
-        // Or the root directory would be everyone's to write.
+        // Otherwise the root directory would be world-writable.
         self.entry(Path::new("."), 0o040755, &[])?;
         self.file(init, "/init")?;
         self.file(Path::new(BUSYBOX), BUSYBOX)?;
@@ -103,7 +103,7 @@ impl Archive {
         self.text("/etc/group", GROUP)
     }
 
-    /// The kernel's own modules [`MODULES`] and those they need, from a lib/modules/RELEASE tree.
+    /// Adds [`MODULES`] and their dependencies, from a lib/modules/RELEASE tree.
     pub fn modules(&mut self, tree: &Path, release: &str) -> Result<()> {
         let path = tree.join("modules.dep");
         let dep = fs::read_to_string(&path)
@@ -116,9 +116,9 @@ impl Archive {
                 let base = Path::new(file).file_name().and_then(|base| base.to_str());
                 base.is_some_and(|base| base.split('.').next() == Some(name))
             });
-            // No such file: it is built in, or the test that needs it will say so.
+            // No such file: the module is built in, or the test that needs it will report that.
             if let Some(file) = file {
-                // modules.dep lists all that a module needs, not only the first step.
+                // modules.dep lists transitive dependencies too.
                 wanted.insert(*file);
                 wanted.extend(needs[file].split_whitespace());
             }
@@ -138,7 +138,7 @@ impl Archive {
         self.text(&format!("{root}/modules.dep"), &dep)
     }
 
-    /// A whole directory, as it is.
+    /// Adds a whole directory, with its modes and symlinks.
     pub fn tree(&mut self, from: &Path, to: &Path) -> Result<()> {
         let read = || format!("cannot read {}", from.display());
         for entry in fs::read_dir(from).with_context(read)? {
@@ -159,7 +159,7 @@ impl Archive {
     }
 }
 
-/// What a command prints; an error if it fails.
+/// A command's standard output; an error if the command fails.
 pub fn bytes(command: &mut Command) -> Result<Vec<u8>> {
     let what = format!("{command:?}");
     let out = command

@@ -14,10 +14,10 @@ use anyhow::Context;
 use anyhow::Result;
 use anyhow::ensure;
 
-/// One kernel line.
+/// One directory of build/kernels.
 pub struct Kernel {
     pub directory: PathBuf,
-    /// What `uname -r` says in it.
+    /// What `uname -r` prints on it.
     pub release: String,
 }
 
@@ -32,12 +32,12 @@ impl Kernel {
         })
     }
 
-    /// The file to boot: the kernel proper. A kernel of our own was never packed; that of a distro
-    /// is taken out of the vmlinuz that packs it.
+    /// The file to boot: an uncompressed kernel. Our own kernels have a vmlinux; a distro's is
+    /// extracted from its vmlinuz.
     ///
-    /// QEMU starts it by its PVH entry, which spares an emulated machine more than two seconds of
-    /// unpacking. It is the same kernel, but for KASLR, which is the unpacker's work. What is not
-    /// packed with zstd boots as it is. `scratch` is a directory of this run's own.
+    /// QEMU starts it at its PVH entry point, which saves an emulated machine more than two seconds
+    /// of decompression. Only KASLR is lost, because the decompressor does that. A vmlinuz that is
+    /// not compressed with zstd boots as it is. `scratch` is a directory that belongs to this run.
     pub fn image(&self, scratch: &Path) -> Result<PathBuf> {
         let plain = self.directory.join("vmlinux");
         if plain.exists() {
@@ -54,7 +54,7 @@ impl Kernel {
         let Some(payload) = payload(&data) else {
             return Ok(packed);
         };
-        // Another run may be doing the same.
+        // Another run may be doing the same, hence the rename.
         let new = scratch.join("vmlinux");
         let made = unpack(payload, &new).and_then(|()| Ok(fs::rename(&new, &image)?));
         if made.is_err() {
@@ -78,7 +78,7 @@ fn unpack(payload: &[u8], to: &Path) -> Result<()> {
     Ok(written?)
 }
 
-/// The zstd stream in a bzImage: see payload_offset and payload_length in the kernel's
+/// Finds the zstd stream in a bzImage: see payload_offset and payload_length in the kernel's
 /// Documentation/arch/x86/boot.rst.
 fn payload(image: &[u8]) -> Option<&[u8]> {
     const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
@@ -88,7 +88,7 @@ fn payload(image: &[u8]) -> Option<&[u8]> {
     };
     let sectors = usize::from(*image.get(0x1f1)?);
     let start = (sectors + 1) * 512 + word(0x248)?;
-    // The length of what is packed follows the stream, in four bytes that zstd does not know.
+    // The last four bytes are not part of the zstd stream: they hold the uncompressed size.
     let end = start + word(0x24c)?.checked_sub(4)?;
     let payload = image.get(start..end)?;
     payload.starts_with(ZSTD).then_some(payload)

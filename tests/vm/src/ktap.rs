@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Counts what a KTAP stream says (Documentation/dev-tools/ktap.rst).
+//! Counts the results of a KTAP stream (Documentation/dev-tools/ktap.rst).
 //!
-//! It counts leaves: a test with subtests stands for them. It believes no stream that does not add
-//! up: a missing plan, a number out of order, a test planned and never reported (its program
-//! crashed), or no test at all is a problem, and a problem is a failure.
+//! Only leaves count: a test with subtests is not counted itself. An inconsistent stream is not
+//! trusted: a missing plan, a number out of order, a planned test that is never reported (its
+//! program crashed), or no test at all is a problem, and a problem fails the run.
 //!
-//! It adds up what tests say they did: diagnostic lines `# count: WHAT NUMBER`, where WHAT is
-//! `operations`, `pages` or `faults` (injected).
+//! Diagnostic lines `# count: WHAT NUMBER` are added up, where WHAT is `operations`, `pages` or
+//! `faults` (injected).
 
-/// What a stream has said so far.
+/// The results of a stream so far.
 #[derive(Default)]
 pub struct Ktap {
     pub passed: u64,
@@ -17,11 +17,11 @@ pub struct Ktap {
     pub skipped: u64,
     pub operations: u64,
     pub pages: u64,
-    /// Injected ones.
+    /// Injected faults.
     pub faults: u64,
-    /// One sentence for each failed test and each thing that does not add up.
+    /// One line for each failed test and each inconsistency.
     pub problems: Vec<String>,
-    /// The open levels, outermost first.
+    /// The open nesting levels, outermost first.
     levels: Vec<Level>,
 }
 
@@ -66,7 +66,7 @@ fn parse(text: &str) -> Line {
 }
 
 impl Ktap {
-    /// Takes one line of the stream, without its end.
+    /// Processes one line of the stream, without its newline.
     pub fn line(&mut self, line: &str) {
         let text = line.trim_start_matches(' ');
         let depth = (line.len() - text.len()) / 2;
@@ -77,7 +77,7 @@ impl Ktap {
                 }
             }
             Line::BailOut => self.problems.push(text.to_owned()),
-            // A second program of one command begins a stream of its own.
+            // The command may run several programs, each with a stream of its own.
             Line::Version => {
                 self.close_from(depth);
                 self.level(depth);
@@ -102,11 +102,11 @@ impl Ktap {
             "operations" => &mut self.operations,
             "pages" => &mut self.pages,
             "faults" => &mut self.faults,
-            _ => return self.problems.push(format!("a count of what? {text}")),
+            _ => return self.problems.push(format!("unknown count: {text}")),
         };
         match number.parse::<u64>() {
             Ok(number) => *sum += number,
-            Err(_) => self.problems.push(format!("a count of how many? {text}")),
+            Err(_) => self.problems.push(format!("not a count: {text}")),
         }
     }
 
@@ -118,13 +118,13 @@ impl Ktap {
         let expected = level.seen;
         level.failed |= !ok;
         if number != expected {
-            let problem = format!("test number {expected} was due, but there is: {text}");
+            let problem = format!("expected test number {expected}, got: {text}");
             self.problems.push(problem);
         }
         match (ok, subtests) {
             (true, Some(true)) => self
                 .problems
-                .push(format!("passed over a failed subtest: {text}")),
+                .push(format!("passed despite a failed subtest: {text}")),
             (true, _) => (),
             (false, _) => self.problems.push(text.to_owned()),
         }
@@ -151,8 +151,8 @@ impl Ktap {
         &mut self.levels[depth]
     }
 
-    /// Closes the levels from `depth` inwards and checks that each adds up. Says whether there was
-    /// one, and whether it held a failure.
+    /// Closes the levels from `depth` inwards and checks each against its plan. Returns None if
+    /// there was none, otherwise whether any test in them failed.
     fn close_from(&mut self, depth: usize) -> Option<bool> {
         if self.levels.len() <= depth {
             return None;
@@ -167,7 +167,7 @@ impl Ktap {
                     plan - level.seen
                 )),
                 Some(plan) if level.seen > plan => self.problems.push(format!(
-                    "{} tests were reported and {plan} planned",
+                    "{} tests were reported, but {plan} planned",
                     level.seen
                 )),
                 Some(_) => (),
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn all_well() {
+    fn passed_and_skipped() {
         let ktap = read("KTAP version 1\n1..3\n# hello\nok 1 a\nok 2 - b\nok 3 c # SKIP no swap\n");
         assert_eq!(counts(&ktap), (2, 0, 1, 0));
     }
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn subtests_stand_for_their_parent() {
+    fn subtests_count_instead_of_their_parent() {
         let text = "KTAP version 1\n1..2\n  KTAP version 1\n  1..2\n  ok 1 x\n  not ok 2 y\n\
                     not ok 1 a\n  KTAP version 1\n  1..1\n  ok 1 z\nok 2 b\n";
         assert_eq!(counts(&read(text)), (2, 1, 0, 2));
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_that_does_not_add_up() {
+    fn inconsistent_streams() {
         for text in [
             "",
             "hello\nok then\n",
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_to_test_may_be_said() {
+    fn a_skipped_plan_is_accepted() {
         let ktap = read("KTAP version 1\n1..0 # SKIP no swap\n");
         assert_eq!(counts(&ktap), (0, 0, 1, 0));
     }

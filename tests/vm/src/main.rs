@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Boots a kernel in QEMU, runs one command in it as the child of our PID 1 (devanon-init), and
-//! judges how that went.
+//! Boots a kernel in QEMU, runs one command in it as a child of our PID 1 (devanon-init), and
+//! judges the run.
 //!
-//! The verdict comes over a virtio port of its own. The console is only ever read for signs of
-//! trouble, never for success. The rules, strongest first:
+//! The verdict arrives over a virtio port of its own. The console is only searched for signs of
+//! trouble, never for signs of success. The rules, strongest first:
 //!
-//! 1. A sign of kernel trouble on the console, or new taint other than out-of-tree and unsigned
-//!    module, is kernel trouble (exit 3), whatever the command said and however the VM ended. So
-//!    is a VM that went down in the middle without a word.
+//! 1. A sign of kernel trouble on the console, or new taint other than "out-of-tree" and "unsigned
+//!    module", is kernel trouble (exit 3), whatever the command reports and however the VM ends. A
+//!    VM that goes down before the verdict is kernel trouble, too.
 //! 2. The time limit, or no PID 1 within three minutes, is a timeout (4).
-//! 3. A VM that ended before PID 1 spoke, a QEMU that failed, a detector of the kernel that gave
-//!    up, or a verdict that is in doubt, is an infrastructure error (5).
-//! 4. A status other than 0, a failed test, and KTAP that does not add up are failures (1).
+//! 3. A VM that ends before PID 1 reports, a QEMU that fails, a kernel detector that turned itself
+//!    off, or a verdict that may be forged is an infrastructure error (5).
+//! 4. A status other than 0, a failed test, and inconsistent KTAP are failures (1).
 //!
 //! See [`Cli`] for the rest.
 
@@ -48,51 +48,53 @@ use crate::ktap::Ktap;
 use crate::qemu::Machine;
 use crate::qemu::TimedOut;
 
-/// Programs for the VM, static.
+/// Statically linked programs for the VM.
 const STATIC: &str = "build/bin";
-/// What scripts/uml-guest makes.
+/// The tree that scripts/uml-guest makes.
 const UML: &str = "build/uml/rootfs-extra";
 
-/// How long a VM may take to reach PID 1, and a trial of KVM altogether. A kernel with every
-/// detector on, emulated on a busy machine, takes its time.
+/// How long a VM may take to reach PID 1. A kernel with every detector, emulated on a busy machine,
+/// is slow.
 const BOOT_LIMIT: Duration = Duration::from_secs(180);
+/// How long a trial boot with KVM may take.
 const KVM_LIMIT: Duration = Duration::from_secs(15);
-/// How often the console is looked at, and how much longer a VM lives after a sign of trouble.
-const LOOK: Duration = Duration::from_secs(1);
-const GRACE: Duration = Duration::from_secs(5);
+/// How often the console is searched for signs of trouble.
+const CONSOLE_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a VM may go on after a sign of trouble.
+const TROUBLE_GRACE: Duration = Duration::from_secs(5);
 
-/// Boots a kernel in QEMU, runs COMMAND in it, and judges how that went.
+/// Boots a kernel in QEMU, runs COMMAND in it, and judges the run.
 ///
-/// What COMMAND prints goes to standard output as it comes, and must be KTAP unless --plain.
-/// Progress and the verdict go to standard error. Runs in the project's top directory inside the
-/// build root; everything of a run is kept in build/vm/NAME: summary.json, console.log, ktap.log
-/// (all that came over the verdict port), qemu.log, qemu-command, initramfs.cpio.
+/// The output of COMMAND goes to standard output as it arrives, and must be KTAP unless --plain is
+/// given. Progress and the verdict go to standard error. devanon-vm runs in the project's top
+/// directory inside the build root, and keeps all files of a run in build/vm/NAME: summary.json,
+/// console.log, ktap.log (everything from the verdict port), qemu.log, qemu-command, initramfs.cpio.
 #[derive(Parser)]
 #[command(
     name = "devanon-vm",
     after_help = "\
 Exit status:
   0  passed
-  1  tests failed: COMMAND failed, a test failed, or its KTAP does not add up
+  1  tests failed: COMMAND failed, a test failed, or its KTAP is inconsistent
   2  wrong usage
-  3  kernel trouble: panic, oops, warning, lockdep, leak, hung task, RCU stall …, new taint other
-     than O and E, or the VM went down in the middle; whatever the tests say
+  3  kernel trouble, whatever the tests report: panic, oops, warning, lockdep, leak, hung task,
+     RCU stall …, new taint other than O and E, or the VM went down before the verdict
   4  timeout: --time-limit, or PID 1 not reached within three minutes
   5  infrastructure error: QEMU failed, something to boot is missing, the VM ended before PID 1,
-     kmemleak or lockdep gave up, or COMMAND wrote a verdict of its own
+     kmemleak or lockdep turned itself off, or COMMAND wrote a verdict of its own
 
-A kernel with kmemleak is searched for leaks when COMMAND has ended.
+On a kernel with kmemleak, PID 1 looks for leaks after COMMAND ends.
 
 In the VM: busybox in /bin, devanon-tests in /bin, devanon.ko in /lib/devanon (not loaded), zram,
-virtio_blk and ext4 in /lib/modules, /tmp and /dev/shm of 8 MiB each, users root and user (1000). With --shell the module
-is loaded; leave the shell to power off, Ctrl-A X ends QEMU."
+virtio_blk, loop and ext4 in /lib/modules, /tmp and /dev/shm of 8 MiB each, users root and user
+(1000). With --shell the module is loaded; exit the shell to power off; Ctrl-A X ends QEMU."
 )]
 struct Cli {
-    /// Kernel line, a directory of build/kernels
+    /// Which kernel to boot: a directory in build/kernels
     #[arg(long)]
     line: String,
 
-    /// Name of the run, a directory of build/vm
+    /// Name of the run, and of its directory in build/vm
     #[arg(long, default_value = "run", value_parser = name)]
     name: String,
 
@@ -108,35 +110,35 @@ struct Cli {
     #[arg(long, value_name = "N", default_value_t = 2)]
     cpus: u32,
 
-    /// Emulates one processor whose nanoseconds are instructions: time in the VM counts them
+    /// Emulates one processor at one instruction per nanosecond: time in the VM counts instructions
     #[arg(long, conflicts_with = "cpus")]
     icount: bool,
 
-    /// Puts a file into the VM (readable and executable for all); may be repeated
+    /// Copies a file into the VM (readable and executable by everyone); may be repeated
     #[arg(long = "file", value_name = "HOST=GUEST", value_parser = file_pair)]
     files: Vec<(PathBuf, String)>,
 
-    /// Gives the VM a disk, /dev/vda and so on, with this raw image, and writes to it; may be repeated
+    /// Gives the VM a writable disk, /dev/vda and so on, with this raw image; may be repeated
     #[arg(long = "disk", value_name = "IMAGE")]
     disks: Vec<PathBuf>,
 
-    /// Puts UML into the VM: the tree that scripts/uml-guest makes
+    /// Copies UML into the VM: the tree that scripts/uml-guest makes
     #[arg(long)]
     uml: bool,
 
-    /// Further kernel parameters
+    /// Additional kernel parameters
     #[arg(long, value_name = "PARAMETERS", default_value = "")]
     append: String,
 
-    /// COMMAND is no test: only its status counts
+    /// COMMAND does not print KTAP: only its exit status counts
     #[arg(long)]
     plain: bool,
 
-    /// Leaves out devanon.ko and devanon-tests
+    /// Omits devanon.ko and devanon-tests
     #[arg(long)]
     bare: bool,
 
-    /// An interactive shell with the module loaded, instead of COMMAND
+    /// Starts an interactive shell with the module loaded, instead of COMMAND
     #[arg(long, conflicts_with = "command")]
     shell: bool,
 
@@ -166,12 +168,12 @@ fn file_pair(text: &str) -> Result<(PathBuf, String)> {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let start = Instant::now();
-    let mut heard = Heard::default();
+    let mut received = Received::default();
     let failed = |error| Verdict::new(Outcome::Infrastructure, format!("{error:#}"));
-    let verdict = match start_over(&cli.name) {
+    let verdict = match run_directory(&cli.name) {
         Ok((directory, _lock)) => {
-            let verdict = run(&cli, &directory, &mut heard).unwrap_or_else(failed);
-            let summary = summary(&cli, &verdict, &heard, start.elapsed());
+            let verdict = run(&cli, &directory, &mut received).unwrap_or_else(failed);
+            let summary = summary(&cli, &verdict, &received, start.elapsed());
             match summary.write(&directory.join("summary.json")) {
                 Ok(()) => verdict,
                 Err(error) => failed(error),
@@ -191,14 +193,14 @@ fn main() -> ExitCode {
     if !verdict.reason.is_empty() {
         line += &format!(": {}", verdict.reason);
     }
-    let ktap = &heard.ktap;
-    if heard.started && !cli.plain {
+    let ktap = &received.ktap;
+    if received.started && !cli.plain {
         line += &format!(
             ", {} passed, {} failed, {} skipped",
             ktap.passed, ktap.failed, ktap.skipped
         );
     }
-    if let Some(leaks) = heard.leaks {
+    if let Some(leaks) = received.leaks {
         line += &format!(", {leaks} leaks");
     }
     eprintln!("{line}, {:.1} s", start.elapsed().as_secs_f64());
@@ -236,11 +238,14 @@ impl Outcome {
     }
 }
 
-/// How a run went, for the last line, what to show above it, and what to say of it in the summary.
+/// The judgement of a run.
 struct Verdict {
     outcome: Outcome,
+    /// For the last line.
     reason: String,
+    /// Shown above the last line.
     details: Vec<String>,
+    /// For the summary.
     findings: Vec<String>,
 }
 
@@ -261,18 +266,18 @@ impl Verdict {
     }
 }
 
-/// The run's directory, ours until the lock goes, without what the run before left there: nothing
-/// of that may pass for this one's.
-fn start_over(name: &str) -> Result<(PathBuf, File)> {
+/// Returns the run's directory, locked until the file is closed. Removes the previous run's results,
+/// so that they cannot be taken for this run's.
+fn run_directory(name: &str) -> Result<(PathBuf, File)> {
     ensure!(
         Path::new("build/kernels").is_dir(),
-        "no build/kernels here: run in the project's top directory, after make has built the kernels"
+        "no build/kernels here: run this in the project's top directory, after make has built the kernels"
     );
     let directory = Path::new("build/vm").join(name);
     fs::create_dir_all(&directory)?;
     let lock = File::create(directory.join("lock"))?;
     flock(&lock, FlockOperation::NonBlockingLockExclusive)
-        .with_context(|| format!("a run named {name} is going on"))?;
+        .with_context(|| format!("another run named {name} is in progress"))?;
     for file in [
         "summary.json",
         "console.log",
@@ -285,10 +290,10 @@ fn start_over(name: &str) -> Result<(PathBuf, File)> {
     Ok((directory, lock))
 }
 
-fn summary(cli: &Cli, verdict: &Verdict, heard: &Heard, time: Duration) -> Summary {
-    let ktap = &heard.ktap;
+fn summary(cli: &Cli, verdict: &Verdict, received: &Received, time: Duration) -> Summary {
+    let ktap = &received.ktap;
     let mut findings = verdict.findings.clone();
-    for problem in heard.problems(cli) {
+    for problem in received.problems(cli) {
         if !findings.contains(problem) {
             findings.push(problem.clone());
         }
@@ -307,7 +312,7 @@ fn summary(cli: &Cli, verdict: &Verdict, heard: &Heard, time: Duration) -> Summa
     }
 }
 
-fn run(cli: &Cli, directory: &Path, heard: &mut Heard) -> Result<Verdict> {
+fn run(cli: &Cli, directory: &Path, received: &mut Received) -> Result<Verdict> {
     let kernel = Kernel::of_line(&cli.line)?;
     let mut machine = Machine {
         image: kernel.image(directory)?,
@@ -335,15 +340,15 @@ fn run(cli: &Cli, directory: &Path, heard: &mut Heard) -> Result<Verdict> {
     );
 
     if cli.shell {
-        // Here a person reads the console: warnings, and no more.
+        // A person reads this console: nothing below warnings.
         machine.append += " loglevel=5";
         let status = machine.interact()?;
-        return judge(cli, &machine, heard, Some(status));
+        return judge(cli, &machine, received, Some(status));
     }
     let limit = Duration::from_secs(cli.time_limit);
-    let status = listen(&machine, &cli.command, limit, heard, true)?;
-    heard.ktap.end();
-    judge(cli, &machine, heard, status)
+    let status = run_vm(&machine, &cli.command, limit, received, true)?;
+    received.ktap.end();
+    judge(cli, &machine, received, status)
 }
 
 fn build_initramfs(cli: &Cli, kernel: &Kernel, path: &Path) -> Result<()> {
@@ -367,9 +372,9 @@ fn build_initramfs(cli: &Cli, kernel: &Kernel, path: &Path) -> Result<()> {
     archive.finish()
 }
 
-/// Boots the same kernel with KVM, as far as PID 1 and back.
+/// Boots the same kernel with KVM, and runs `true` in it.
 fn try_kvm(machine: &Machine) -> Result<bool> {
-    eprintln!("devanon-vm: trying whether KVM works here");
+    eprintln!("devanon-vm: checking whether KVM works here");
     let directory = machine.directory.join("kvm");
     fs::create_dir_all(&directory)?;
     let trial = Machine {
@@ -385,14 +390,14 @@ fn try_kvm(machine: &Machine) -> Result<bool> {
     let mut archive = Archive::create(&trial.initramfs())?;
     archive.base(&Path::new(STATIC).join("devanon-init"))?;
     archive.finish()?;
-    let mut heard = Heard::default();
-    listen(&trial, &["true"], KVM_LIMIT, &mut heard, false)?;
-    Ok(heard.status == Some(0))
+    let mut received = Received::default();
+    run_vm(&trial, &["true"], KVM_LIMIT, &mut received, false)?;
+    Ok(received.status == Some(0))
 }
 
-/// What came over the verdict port.
+/// What arrived over the verdict port.
 #[derive(Default)]
-struct Heard {
+struct Received {
     started: bool,
     status: Option<u8>,
     leaks: Option<u64>,
@@ -402,42 +407,46 @@ struct Heard {
     ktap: Ktap,
 }
 
-/// Runs the VM to its end or the limit. `aloud` passes on what the command prints.
-fn listen<S: AsRef<std::ffi::OsStr>>(
+/// Runs the VM until it ends or the limit is reached. Returns QEMU's exit status, if it exited. With
+/// `echo`, the command's output is printed and parsed as KTAP.
+fn run_vm<S: AsRef<std::ffi::OsStr>>(
     machine: &Machine,
     words: &[S],
     limit: Duration,
-    heard: &mut Heard,
-    aloud: bool,
+    received: &mut Received,
+    echo: bool,
 ) -> Result<Option<ExitStatus>> {
     const STDOUT: &str = "cannot write to standard output";
     let mut log = File::create(machine.directory.join("ktap.log"))?;
     let mut vm = machine.start(words)?;
-    let mut blank = false;
-    let mut look = vm.start + LOOK;
-    let mut grace = None;
+    // An empty line is held back until the next line shows that it is the command's.
+    let mut blank_held = false;
+    let mut next_check = vm.start + CONSOLE_INTERVAL;
+    let mut trouble_deadline = None;
     loop {
         let now = Instant::now();
-        if now >= look {
-            look = now + LOOK;
-            if grace.is_none()
-                && !console::troubles(&console::lines(&machine.console_text())).is_empty()
+        if now >= next_check {
+            next_check = now + CONSOLE_INTERVAL;
+            if trouble_deadline.is_none()
+                && !console::trouble_lines(&console::lines(&machine.console_text())).is_empty()
             {
-                grace = Some(now + GRACE);
+                trouble_deadline = Some(now + TROUBLE_GRACE);
             }
         }
-        let limit = if heard.started {
+        let limit = if received.started {
             limit
         } else {
             limit.min(BOOT_LIMIT)
         };
-        let deadline = grace.unwrap_or(vm.start + limit).min(vm.start + limit);
-        let line = match vm.line(deadline.min(look)) {
+        let deadline = trouble_deadline
+            .unwrap_or(vm.start + limit)
+            .min(vm.start + limit);
+        let line = match vm.line(deadline.min(next_check)) {
             Ok(Some(line)) => line,
             Ok(None) => return vm.finish(),
             Err(TimedOut) if Instant::now() < deadline => continue,
             Err(TimedOut) => {
-                heard.timed_out = true;
+                received.timed_out = true;
                 return Ok(None);
             }
         };
@@ -445,38 +454,38 @@ fn listen<S: AsRef<std::ffi::OsStr>>(
         let text = String::from_utf8_lossy(&line);
         let text = text.trim_end_matches(['\n', '\r']);
         if let Some(word) = text.strip_prefix("devanon-init: ") {
-            if !heard.started && aloud {
+            if !received.started && echo {
                 let seconds = vm.start.elapsed().as_secs_f64();
                 eprintln!("devanon-vm: PID 1 after {seconds:.1} s");
             }
-            heard.word(word);
-            if heard.taint.is_some() || heard.error.is_some() {
+            received.init_line(word);
+            if received.taint.is_some() || received.error.is_some() {
                 vm.acknowledge();
             }
-            blank = false;
-        } else if heard.status.is_some() {
-            heard.out_of_place(text);
-        } else if aloud {
-            heard.ktap.line(text);
+            blank_held = false;
+        } else if received.status.is_some() {
+            received.unexpected(text);
+        } else if echo {
+            received.ktap.line(text);
             let mut out = std::io::stdout();
-            // PID 1 puts an empty line before its verdict, so this one may not be the command's.
-            if std::mem::replace(&mut blank, text.is_empty()) {
+            // PID 1 writes an empty line before its verdict, so this one may not be the command's.
+            if std::mem::replace(&mut blank_held, text.is_empty()) {
                 writeln!(out).context(STDOUT)?;
             }
-            if !blank {
+            if !blank_held {
                 out.write_all(&line).context(STDOUT)?;
             }
         }
     }
 }
 
-impl Heard {
-    /// Takes one line of PID 1's own, see devanon-init. The command can write such lines, too: one
-    /// that is not due is an error, and so is anything after the verdict.
-    fn word(&mut self, text: &str) {
+impl Received {
+    /// Processes one of PID 1's own lines, see devanon-init. The command can write such lines, too,
+    /// so a line that is not expected at this point is an error, and so is anything after the verdict.
+    fn init_line(&mut self, text: &str) {
         let words: Vec<&str> = text.split(' ').collect();
         let hex = |word| u64::from_str_radix(word, 16).ok();
-        let due = match (words.as_slice(), self.started, self.status, self.taint) {
+        let expected = match (words.as_slice(), self.started, self.status, self.taint) {
             (["started"], false, ..) => {
                 self.started = true;
                 true
@@ -499,12 +508,12 @@ impl Heard {
             }
             _ => false,
         };
-        if !due {
-            self.out_of_place(text);
+        if !expected {
+            self.unexpected(text);
         }
     }
 
-    /// What the command's KTAP leaves to be desired.
+    /// The problems with the command's KTAP.
     fn problems(&self, cli: &Cli) -> &[String] {
         if cli.plain || !self.started {
             return &[];
@@ -512,35 +521,41 @@ impl Heard {
         &self.ktap.problems
     }
 
-    fn out_of_place(&mut self, text: &str) {
-        self.error
-            .get_or_insert_with(|| format!("its verdict is in doubt, by this line: {text}"));
+    fn unexpected(&mut self, text: &str) {
+        self.error.get_or_insert_with(|| {
+            format!("unexpected line, so the verdict may be forged: {text}")
+        });
     }
 }
 
-/// The rules: see the top of this file.
-fn judge(cli: &Cli, machine: &Machine, heard: &Heard, qemu: Option<ExitStatus>) -> Result<Verdict> {
+/// Applies the rules at the top of this file.
+fn judge(
+    cli: &Cli,
+    machine: &Machine,
+    received: &Received,
+    qemu: Option<ExitStatus>,
+) -> Result<Verdict> {
     const TAIL: usize = 30;
     let log = machine.console_text();
     let lines = console::lines(&log);
     let tail = || console::tail(&lines, TAIL).iter().copied();
 
-    let trouble = console::troubles(&lines);
+    let trouble = console::trouble_lines(&lines);
     if let Some(&first) = trouble.first() {
-        let says = |&&n: &&usize| !lines[n].contains(console::CUT);
-        let main = *trouble.iter().find(says).unwrap_or(&first);
+        let informative = |&&n: &&usize| !lines[n].contains(console::CUT_HERE);
+        let main = *trouble.iter().find(informative).unwrap_or(&first);
         let reason = format!("line {} of the console: {}", main + 1, lines[main].trim());
         let mut verdict = Verdict::new(Outcome::Trouble, reason);
-        let more = trouble.iter().filter(|n| says(n) && **n != main);
+        let more = trouble.iter().filter(|n| informative(n) && **n != main);
         let more = more.take(TAIL).map(|&n| lines[n].trim().to_owned());
         verdict.findings.extend(more);
-        // The report that goes with the first sign, then only the other signs' own lines.
+        // The whole report of the first sign, then only the lines of the other signs.
         let end = lines.len().min(first + TAIL);
         let others = trouble.iter().filter(|&&n| n >= end);
         let shown = (first..end).chain(others.copied().take(TAIL));
         return Ok(verdict.with(shown.map(|n| format!("{}: {}", n + 1, lines[n]))));
     }
-    let taint = heard.taint.map_or(String::new(), |(before, after)| {
+    let taint = received.taint.map_or(String::new(), |(before, after)| {
         console::new_taint(before, after)
     });
     if !taint.is_empty() {
@@ -554,29 +569,29 @@ fn judge(cli: &Cli, machine: &Machine, heard: &Heard, qemu: Option<ExitStatus>) 
         });
     }
 
-    if !heard.started {
+    if !received.started {
         let verdict = match qemu {
             None => Verdict::new(Outcome::Timeout, "PID 1 was not reached"),
             Some(status) => {
-                let reason = format!("the VM ended before PID 1 spoke; QEMU: {status}");
-                let said = fs::read_to_string(machine.qemu_log()).unwrap_or_default();
-                Verdict::new(Outcome::Infrastructure, reason).with(said.lines())
+                let reason = format!("the VM ended before PID 1 reported; QEMU: {status}");
+                let qemu_log = fs::read_to_string(machine.qemu_log()).unwrap_or_default();
+                Verdict::new(Outcome::Infrastructure, reason).with(qemu_log.lines())
             }
         };
         return Ok(verdict.with(["the console's last lines:"]).with(tail()));
     }
-    if heard.timed_out {
+    if received.timed_out {
         let reason = format!("killed after {} s", cli.time_limit);
         return Ok(Verdict::new(Outcome::Timeout, reason).with(tail()));
     }
-    if let Some(error) = &heard.error {
+    if let Some(error) = &received.error {
         let reason = format!("PID 1: {error}");
-        return Ok(Verdict::new(Outcome::Infrastructure, reason).with(heard.problems(cli)));
+        return Ok(Verdict::new(Outcome::Infrastructure, reason).with(received.problems(cli)));
     }
-    let (Some(status), Some(_)) = (heard.status, heard.taint) else {
+    let (Some(status), Some(_)) = (received.status, received.taint) else {
         let (outcome, what) = match qemu {
             Some(status) if status.success() => {
-                (Outcome::Trouble, "the VM went down without a word")
+                (Outcome::Trouble, "the VM went down before the verdict")
             }
             _ => (Outcome::Infrastructure, "QEMU died"),
         };
@@ -586,11 +601,11 @@ fn judge(cli: &Cli, machine: &Machine, heard: &Heard, qemu: Option<ExitStatus>) 
         return Ok(Verdict::new(Outcome::Timeout, "the VM did not power off").with(tail()));
     }
 
-    let problems = heard.problems(cli);
+    let problems = received.problems(cli);
     Ok(if status != 0 {
         let reason = format!("the command ended with status {status}");
         let mut verdict = Verdict::new(Outcome::Fail, reason).with(problems);
-        // That is only how it says so.
+        // The problems explain the exit status.
         if !problems.is_empty() {
             verdict.findings.clear();
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! One QEMU, from its start to its end.
+//! Runs one QEMU from start to end.
 
 use std::ffi::OsStr;
 use std::ffi::OsString;
@@ -30,54 +30,54 @@ use anyhow::ensure;
 use rustix::io::FdFlags;
 use rustix::io::fcntl_setfd;
 
-/// The machine, without what nothing here uses: each device costs boot time.
+/// The machine, without the devices that nothing here uses: each of them costs boot time.
 const MACHINE: &str = "q35,i8042=off,hpet=off,smm=off,usb=off,sata=off";
 
-/// TCG runs an instruction with `rep` once for each byte, if the processor promises that it takes bytes as
-/// fast as words. Without that, copies take a third of the time. And at each write of PKRU, which is several
-/// times for each signal, it forgets all translations. With SMAP each access to a process's memory ends a block
-/// of translated code twice; that the kernel goes there only on purpose is what KASAN sees, too. What is
-/// counted stays as it is.
-const PROCESSOR: &str = "max,-erms,-fsrm,-pku,-smap";
+/// TCG without the CPU features that are slow to emulate. With erms and fsrm the kernel copies by `rep movsb`,
+/// which TCG executes byte by byte; without them, copies take a third of the time. With pku, TCG drops all
+/// translations at each write to PKRU, which happens several times per signal. With smap, each access to user
+/// memory ends a translation block twice; KASAN catches stray accesses to user memory, too. VMs that count
+/// instructions (icount) keep all features.
+const TCG_CPU: &str = "max,-erms,-fsrm,-pku,-smap";
 
 /// Kernel parameters of every VM.
 ///
-/// panic=-1 makes a panic end QEMU at once, and an oops is a panic. Warnings must reach the console,
-/// so `quiet` will not do. The rest saves time in an emulated machine: it has no mitigations to make
-/// and no use for security modules, and its clock is QEMU's. A triple fault is the way to reset that
-/// every kernel has, and 0x608 is where q35 has its PM timer, which a kernel without ACPI has to be told.
+/// panic=-1 makes a panic end QEMU at once, and oops=panic does the same for an oops. Warnings must
+/// reach the console, so there is no `quiet`. The rest saves time in an emulated machine: it needs no
+/// mitigations and no security modules, and its clock is QEMU's. Every kernel can reset by a triple
+/// fault. 0x608 is the port of q35's PM timer, which a kernel without ACPI cannot find by itself.
 ///
-/// nohz=off and highres=off keep a periodic tick on every processor, idle or not; QEMU's APIC winds
-/// it up again by itself. Otherwise each expiry is programmed once, and idle processors leave their
-/// timers to each other. On a busy machine it was seen to happen that one never came: RCU's own
-/// thread slept 20 s past its timer, on an idle processor, and that was reported as a stall. Now
-/// the next tick makes up for it, and a stall that is reported is one.
+/// nohz=off and highres=off keep a periodic tick on every CPU, idle or not; QEMU's APIC rearms it by
+/// itself. Otherwise the kernel programs each expiry as a one-shot, and idle CPUs migrate their timers
+/// to each other. On a busy machine such a timer has been seen to get lost: an RCU kthread slept 20 s
+/// past its timeout on an idle CPU, which was reported as a stall. With a periodic tick, the next tick
+/// runs a late timer, so a reported stall is a real one.
 const PARAMETERS: &str = "console=ttyS0 panic=-1 oops=panic loglevel=7 mitigations=off \
     reboot=triple pmtmr=0x608 random.trust_cpu=on tsc=reliable no_timer_check audit=0 apparmor=0 cryptomgr.notests \
     nohz=off highres=off";
 
-/// The kernel takes no more (COMMAND_LINE_SIZE less some for its own CONFIG_CMDLINE, and
-/// CONFIG_INIT_ENV_ARG_LIMIT less some).
+/// The kernel's limits, with some room to spare: COMMAND_LINE_SIZE, which includes CONFIG_CMDLINE, and
+/// CONFIG_INIT_ENV_ARG_LIMIT.
 const COMMAND_LINE_LIMIT: usize = 1983;
 const WORDS_LIMIT: usize = 28;
 
-/// How long QEMU may take to go once its VM is down.
+/// How long QEMU may take to exit once its VM is down.
 const EXIT_LIMIT: Duration = Duration::from_secs(5);
 
-/// A VM to be.
+/// The configuration of a VM.
 pub struct Machine {
     pub image: PathBuf,
-    /// With KVM, or else emulated.
+    /// KVM; false means emulation by TCG.
     pub kvm: bool,
-    /// Emulated, one instruction a nanosecond.
+    /// Emulation at one instruction per nanosecond.
     pub icount: bool,
     pub memory: u32,
     pub cpus: u32,
     /// Further kernel parameters.
     pub append: String,
-    /// Raw images, which are written to.
+    /// Raw images, writable.
     pub disks: Vec<PathBuf>,
-    /// Where everything of this run is kept.
+    /// Holds all files of this run.
     pub directory: PathBuf,
 }
 
@@ -99,8 +99,9 @@ impl Machine {
         self.directory.join("qemu.log")
     }
 
-    /// QEMU's command, but for the console and the verdict.
-    fn command<S: AsRef<OsStr>>(&self, words: &[S], death: &str) -> Result<Command> {
+    /// QEMU's command, without the console and the verdict port. PID 1 gets `words`; QEMU gets `signal`
+    /// when this runner ends.
+    fn command<S: AsRef<OsStr>>(&self, words: &[S], signal: &str) -> Result<Command> {
         let mut parameters = format!("{PARAMETERS} {} --", self.append);
         for word in words {
             parameters.push(' ');
@@ -111,14 +112,14 @@ impl Machine {
             "the command is too long for a kernel command line; put it into a script (--file)"
         );
 
-        // However this runner ends, QEMU ends with it.
+        // QEMU must not outlive this runner, however that ends.
         let mut qemu = Command::new("setpriv");
-        qemu.args(["--pdeathsig", death, "qemu-system-x86_64"])
+        qemu.args(["--pdeathsig", signal, "qemu-system-x86_64"])
             .args(["-nodefaults", "-no-user-config", "-no-reboot"])
             .args(["-display", "none", "-machine", MACHINE])
             .args(match (self.kvm, self.icount) {
                 (true, _) => ["-accel", "kvm", "-cpu", "host"],
-                (false, false) => ["-accel", "tcg,thread=multi", "-cpu", PROCESSOR],
+                (false, false) => ["-accel", "tcg,thread=multi", "-cpu", TCG_CPU],
                 (false, true) => ["-accel", "tcg", "-cpu", "max"],
             })
             .args(
@@ -127,7 +128,7 @@ impl Machine {
                     .into_iter()
                     .flatten(),
             )
-            // Without ACPI a kernel goes by the BIOS's table, which has one processor of each socket.
+            // A kernel without ACPI uses the BIOS's MP table, which lists one CPU per socket.
             .args(["-smp", &format!("{0},sockets={0}", self.cpus)])
             .args(["-m", &format!("{}M", self.memory)])
             .arg("-kernel")
@@ -136,7 +137,7 @@ impl Machine {
             .arg(self.initramfs())
             .args(["-append", &parameters]);
         for disk in &self.disks {
-            // Nobody needs what is on it after a crash of this machine.
+            // The disk's contents need not survive a crash of this machine.
             let mut drive = OsString::from("if=virtio,format=raw,cache=unsafe,file=");
             drive.push(disk);
             qemu.arg("-drive").arg(drive);
@@ -144,24 +145,24 @@ impl Machine {
         Ok(qemu)
     }
 
-    /// Keeps the command line, for whoever wants to repeat it by hand.
-    fn note(&self, command: &Command) -> Result<()> {
+    /// Saves the command line, so that it can be repeated by hand.
+    fn save_command(&self, command: &Command) -> Result<()> {
         Ok(fs::write(
             self.directory.join("qemu-command"),
             format!("{command:?}\n"),
         )?)
     }
 
-    /// Gives the VM's console to this terminal until the VM is down.
+    /// Connects the VM's console to this terminal until the VM is down.
     pub fn interact(&self) -> Result<ExitStatus> {
-        // SIGTERM lets QEMU put the terminal right before it goes.
+        // On SIGTERM, QEMU restores the terminal before it exits.
         let mut qemu = self.command(&["--shell"], "TERM")?;
         let console = self.console();
         let log = console.to_str().context("the path is not UTF-8")?;
         let chardev = format!("stdio,id=console,mux=on,signal=off,logfile={log}");
         qemu.args(["-chardev", &chardev, "-serial", "chardev:console"])
             .args(["-mon", "chardev=console"]);
-        self.note(&qemu)?;
+        self.save_command(&qemu)?;
         qemu.status().context("cannot run qemu-system-x86_64")
     }
 
@@ -184,7 +185,7 @@ impl Machine {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(self.qemu_log())?);
-        self.note(&qemu)?;
+        self.save_command(&qemu)?;
 
         let start = Instant::now();
         let child = qemu.spawn().context("cannot run qemu-system-x86_64")?;
@@ -192,7 +193,7 @@ impl Machine {
         let mut reader = BufReader::new(port.try_clone()?);
         thread::spawn(move || {
             let mut line = Vec::new();
-            // An error is an end, too: QEMU is gone.
+            // An error ends the loop, too: QEMU is gone.
             while reader
                 .read_until(b'\n', &mut line)
                 .is_ok_and(|size| size > 0)
@@ -211,7 +212,7 @@ impl Machine {
     }
 }
 
-/// Percent-encodes a word: the kernel splits its command line at spaces and has its own ideas of
+/// Percent-encodes a word: the kernel splits its command line at spaces and has its own rules for
 /// quotes and equal signs. A lone `%` is an empty word.
 fn encode(word: &OsStr, out: &mut String) {
     if word.is_empty() {
@@ -227,7 +228,7 @@ fn encode(word: &OsStr, out: &mut String) {
     }
 }
 
-/// A running QEMU. Dropped, it is killed.
+/// A running QEMU, killed on drop.
 pub struct Vm {
     pub start: Instant,
     child: Child,
@@ -236,7 +237,7 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// The next line from the verdict port, `None` at its end, an error at the deadline.
+    /// Returns the next line from the verdict port, `None` at its end, or an error at the deadline.
     pub fn line(&self, deadline: Instant) -> Result<Option<Vec<u8>>, TimedOut> {
         let left = deadline.saturating_duration_since(Instant::now());
         match self.lines.recv_timeout(left) {
@@ -246,13 +247,13 @@ impl Vm {
         }
     }
 
-    /// Tells PID 1 that its last line has come.
+    /// Tells PID 1 that its last line has arrived.
     pub fn acknowledge(&mut self) {
-        // QEMU may be gone: that shows elsewhere.
+        // QEMU may be gone, which the exit status will show.
         let _ = self.port.write_all(b"\n");
     }
 
-    /// Waits for QEMU to end by itself; `None` if it does not.
+    /// Waits for QEMU to exit; returns `None`, and kills it, if it does not within [`EXIT_LIMIT`].
     pub fn finish(mut self) -> Result<Option<ExitStatus>> {
         let deadline = Instant::now() + EXIT_LIMIT;
         while Instant::now() < deadline {
@@ -272,29 +273,29 @@ impl Drop for Vm {
     }
 }
 
-/// The deadline came first.
+/// The deadline passed before a line arrived.
 pub struct TimedOut;
 
-/// Does KVM run this machine? Remembered until the next boot: /dev/kvm may be there and yet not
-/// run an unmodified kernel.
-pub fn kvm_works(memo: &Path, try_it: impl FnOnce() -> Result<bool>) -> Result<bool> {
+/// Returns true if KVM can boot the kernel: /dev/kvm may exist and yet fail to run an unmodified one.
+/// The result of `trial` is cached in a file and is valid until this machine reboots.
+pub fn kvm_works(cache: &Path, trial: impl FnOnce() -> Result<bool>) -> Result<bool> {
     let device = File::options().read(true).write(true).open("/dev/kvm");
     if device.is_err() {
         return Ok(false);
     }
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
     let answer = |works: bool| format!("{} {works}\n", boot.trim());
-    let known = fs::read_to_string(memo).unwrap_or_default();
+    let known = fs::read_to_string(cache).unwrap_or_default();
     let works = match [true, false].into_iter().find(|&w| known == answer(w)) {
         Some(works) => works,
         None => {
-            let works = try_it()?;
-            fs::write(memo, answer(works))?;
+            let works = trial()?;
+            fs::write(cache, answer(works))?;
             works
         }
     };
     if !works {
-        eprintln!("devanon-vm: KVM was tried here and does not work: the kernel did not boot");
+        eprintln!("devanon-vm: KVM does not work here: a trial boot failed");
     }
     Ok(works)
 }

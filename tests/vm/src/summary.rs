@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a run says of itself when it is over: one goes to build/vm/NAME/summary.json, and
-//! devanon-summary adds up those of a kernel.
+//! The summary of a run: each goes to build/vm/NAME/summary.json, and devanon-summary adds up those
+//! of one kernel.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +15,7 @@ use serde::Serialize;
 #[serde(deny_unknown_fields)]
 pub struct Summary {
     pub name: String,
-    /// What `uname -r` says in it; not said of several runs together.
+    /// What `uname -r` prints on it; None if several runs were added up.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kernel: Option<String>,
     pub passed: u64,
@@ -25,21 +25,22 @@ pub struct Summary {
     pub pages: u64,
     pub faults_injected: u64,
     pub seconds: f64,
-    /// Whatever was not as it should be. Empty if all is well.
+    /// Everything that went wrong. Empty if the run passed.
     pub findings: Vec<String>,
 }
 
 impl Summary {
     pub fn read(path: &Path) -> Result<Self> {
         let text = fs::read(path).with_context(|| format!("no summary in {}", path.display()))?;
-        serde_json::from_slice(&text).with_context(|| format!("{} is no summary", path.display()))
+        serde_json::from_slice(&text)
+            .with_context(|| format!("{} is not a summary", path.display()))
     }
 
     pub fn write(&self, path: &Path) -> Result<()> {
         write(path, self)
     }
 
-    /// Adds another run, of the same kernel.
+    /// Adds another run of the same kernel.
     pub fn add(&mut self, other: Summary) {
         self.passed += other.passed;
         self.failed += other.failed;
@@ -52,13 +53,13 @@ impl Summary {
     }
 }
 
-/// Seconds worth showing.
+/// Rounds to tenths.
 pub fn tenths(seconds: f64) -> f64 {
     (seconds * 10.0).round() / 10.0
 }
 
-/// Writes a file of JSON.
-pub fn write(path: &Path, what: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(what)? + "\n";
+/// Writes `value` to a JSON file.
+pub fn write(path: &Path, value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value)? + "\n";
     fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The harness, tested: every outcome is planted once, in a VM that has only busybox.
+//! Tests of the harness: each provokes one outcome, in a VM that has only busybox.
 //!
-//! These boot VMs, so plain `cargo test` leaves them out. `make test` runs them, by `cargo test -p
-//! devanon-vm -- --include-ignored --skip kcsan` with DEVANON_LINE naming the kernel line, and
-//! DEVANON_DEBUG_LINE that of a kernel with KASAN, lockdep, kmemleak and their like. For KCSAN it is
-//! `make test-kcsan`, `... -- --include-ignored kcsan` and DEVANON_KCSAN_LINE.
+//! Most of them boot VMs, so plain `cargo test` ignores them. `make test` runs them by `cargo test -p
+//! devanon-vm -- --include-ignored`. DEVANON_LINE names the kernel, a directory in build/kernels;
+//! DEVANON_DEBUG_LINE names the debug kernel, for the tests `debug_*`; and DEVANON_KCSAN_LINE names
+//! the one with KCSAN, for the tests `kcsan_*`, which `make test-kcsan` runs.
 
 use std::fs;
 use std::path::Path;
@@ -28,16 +28,15 @@ fn top() -> PathBuf {
     PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
 
-/// The kernel line that a variable of the environment names.
+/// The kernel that an environment variable names.
 fn line(variable: &str) -> String {
     let Ok(line) = std::env::var(variable) else {
-        panic!("{variable} is to name a directory of build/kernels");
+        panic!("{variable} must name a directory in build/kernels");
     };
     line
 }
 
-/// A runner with a small VM that keeps to one processor of this machine, unless `options` say how
-/// many.
+/// A runner of a small VM. The VM has one processor, unless `options` say otherwise.
 fn runner(name: &str, options: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_devanon-vm"));
     if !options.contains(&"--cpus") {
@@ -73,21 +72,21 @@ fn vm_words(name: &str, options: &[&str], words: &[&str]) -> Run {
     }
 }
 
-/// With the module that makes real trouble: tests/plant, as scripts/prepare builds it.
+/// The same with the module that causes real trouble: tests/plant, as scripts/prepare builds it.
 fn vm_with_plant(name: &str, line: &str, options: &[&str], script: &str) -> Run {
     let file = format!("build/kernels/{line}/plant/plant.ko=/plant.ko");
     let ours = ["--line", line, "--file", &file];
     vm(name, &[&ours[..], options].concat(), script)
 }
 
-/// What devanon-vm wrote of a run.
+/// The summary that devanon-vm wrote for a run.
 fn summary(name: &str) -> Summary {
     let file = top().join(format!("build/vm/harness-{name}/summary.json"));
     Summary::read(&file).expect("every run leaves one")
 }
 
 impl Run {
-    /// The exit status, and a part of the last line that says why.
+    /// Checks the exit status, and that the last line contains the reason.
     #[track_caller]
     fn ended(&self, code: i32, why: &str) {
         let last = self.stderr.lines().last().unwrap_or("");
@@ -100,15 +99,15 @@ impl Run {
     }
 }
 
-/// Two tests that pass, as a script.
+/// A script that reports two passed tests.
 const KTAP: &str = "echo KTAP version 1; echo 1..2; echo ok 1 a; echo ok 2 b";
-/// What they count.
+/// A script that reports counts.
 const COUNTS: &str = "echo '# count: operations 5'; echo '# count: pages 7'";
 
 #[test]
 #[ignore = "boots a VM"]
 fn pass_and_all_output_arrives() {
-    // 5 MB right before the power goes, and a last line that is not finished.
+    // 5 MB right before power-off, and an unterminated last line.
     let run = vm(
         "pass",
         &[],
@@ -184,7 +183,7 @@ fn hung_task() {
     let start = Instant::now();
     let run = vm_with_plant("hung-task", &line("DEVANON_LINE"), &[], &script);
     run.ended(3, "INFO: task insmod:");
-    // It is not waited for to its end.
+    // The runner did not wait until the task woke up.
     assert!(start.elapsed() < Duration::from_secs(50));
 }
 
@@ -196,7 +195,7 @@ fn taint() {
         &[],
         &format!("echo 12800 > /proc/sys/kernel/tainted; {KTAP}"),
     );
-    // 12800 is O, E and W; the first two are every out-of-tree module's.
+    // 12800 is O, E and W; every out-of-tree module sets O and E.
     run.ended(3, "newly tainted: W");
 }
 
@@ -204,13 +203,13 @@ fn taint() {
 #[ignore = "boots a VM"]
 fn forged_verdict() {
     let forged = "echo devanon-init: status 0; echo devanon-init: taint 0 0";
-    vm("forged", &[], &format!("{KTAP}; {forged}; exit 1")).ended(5, "verdict is in doubt");
+    vm("forged", &[], &format!("{KTAP}; {forged}; exit 1")).ended(5, "the verdict may be forged");
 }
 
 #[test]
 #[ignore = "boots a VM"]
 fn power_lost() {
-    vm("power", &[], &format!("{KTAP}; poweroff -f")).ended(3, "went down without a word");
+    vm("power", &[], &format!("{KTAP}; poweroff -f")).ended(3, "went down before the verdict");
 }
 
 #[test]
@@ -250,7 +249,7 @@ fn boot_panics() {
 #[ignore = "boots a VM"]
 fn boot_ends_early() {
     let run = vm_words("boot-end", &["--append", "rdinit=/bin/poweroff"], &["-f"]);
-    run.ended(5, "the VM ended before PID 1 spoke");
+    run.ended(5, "the VM ended before PID 1 reported");
     assert!(run.stderr.contains("reboot: Power down"), "{}", run.stderr);
 }
 
@@ -258,7 +257,10 @@ fn boot_ends_early() {
 #[ignore = "starts QEMU"]
 fn qemu_fails() {
     let run = vm("qemu", &["--cpus", "0"], KTAP);
-    run.ended(5, "the VM ended before PID 1 spoke; QEMU: exit status: 1");
+    run.ended(
+        5,
+        "the VM ended before PID 1 reported; QEMU: exit status: 1",
+    );
     assert!(
         run.stderr.contains("Invalid CPU topology"),
         "{}",
@@ -287,19 +289,19 @@ fn a_killed_runner_leaves_nothing() {
         while qemus() != count {
             assert!(
                 start.elapsed() < Duration::from_secs(30),
-                "not {count} QEMU"
+                "expected {count} QEMU processes"
             );
             sleep(Duration::from_millis(20));
         }
     };
     wait_for(1);
-    // Not even a signal that nobody can catch lets QEMU live on.
+    // SIGKILL: the runner cannot clean up.
     runner.kill().expect("it runs");
     runner.wait().expect("it was spawned");
     wait_for(0);
 }
 
-/// KASAN, lockdep and the others, each named.
+/// The findings name the report of each detector.
 #[test]
 #[ignore = "boots a VM"]
 fn debug_detectors() {
@@ -336,10 +338,10 @@ fn debug_leak() {
     assert!(run.stderr.contains("comm \"insmod\""), "{}", run.stderr);
 }
 
-/// A detector that gave up has nothing to say, and that is no pass.
+/// A detector that has turned itself off reports nothing, and that must not count as a pass.
 #[test]
 #[ignore = "boots a VM"]
-fn debug_detectors_that_gave_up() {
+fn debug_detectors_that_turned_off() {
     let script = "echo off > /sys/kernel/debug/kmemleak; insmod /plant.ko blind=1";
     let run = vm_with_plant(
         "blind",
@@ -360,7 +362,7 @@ fn kcsan_race() {
     run.ended(3, "BUG: KCSAN: data-race in count");
 }
 
-/// One row for each kernel, whatever its runs came to.
+/// One row for each kernel, whatever the outcome of its runs.
 #[test]
 fn summaries_are_added_up() {
     let directory = std::env::temp_dir().join(format!("devanon-summary-{}", std::process::id()));
@@ -419,7 +421,7 @@ fn summaries_are_added_up() {
     assert_eq!(table.lines().count(), 3);
 
     assert_eq!(add(&[("7.3", &a), ("7.3", &b)]).0, Some(0));
-    // A run that left none.
+    // A run that left no summary.
     let (code, all, _) = add(&[("7.3", &a), ("debug", &directory.join("none"))]);
     assert_eq!(code, Some(1));
     assert!(all.contains("no summary in"), "{all}");
@@ -438,6 +440,6 @@ fn wrong_usage() {
 }
 
 #[test]
-fn nothing_to_boot() {
+fn no_such_kernel() {
     vm("line", &["--line", "0.0"], KTAP).ended(5, "no kernel of line 0.0");
 }

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! patches/host is needed: what its first two patches mend is red without them. Boots the stock
-//! kernel DEVANON_LINE with a driver that maps by `.mmap_prepare`, as on a patched kernel.
+//! The first two patches of patches/host are needed: without each of them, a test of the driver
+//! fails. Boots the stock kernel DEVANON_LINE with a driver that maps by `.mmap_prepare`, as on a
+//! patched kernel.
 
 use std::process::Command;
 
-/// Runs one test of the driver; the lines of its KTAP.
+/// Runs one test of the driver, which must fail; returns the lines of its KTAP.
 fn run(test: &str, name: &str) -> Vec<String> {
-    let line = std::env::var("DEVANON_LINE").expect("DEVANON_LINE names a stock kernel");
+    let line = std::env::var("DEVANON_LINE").expect("DEVANON_LINE must name a stock kernel");
     let output = Command::new(env!("CARGO_BIN_EXE_devanon-vm"))
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
         .args(["--line", &line, "--name", name, "--bare"])

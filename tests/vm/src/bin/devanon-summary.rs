@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Adds up what runs of devanon-vm left in build/vm/NAME/summary.json: one row for each kernel.
+//! Adds up the build/vm/NAME/summary.json files of devanon-vm runs: one row for each kernel.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -11,25 +11,25 @@ use clap::Parser;
 use devanon_summary::Summary;
 use serde::Serialize;
 
-/// Adds up summaries of runs: a table to standard output, JSON to a file.
+/// Adds up the summaries of test runs: a table to standard output, JSON to a file.
 ///
-/// Summaries of the same NAME make one row. One that is missing or cannot be read is a finding of
-/// its row: a run that came to nothing does not vanish. Findings are listed on standard error.
+/// Summaries of the same NAME make one row. A summary that is missing or unreadable is a finding in
+/// its row, so a run that died is not overlooked. Findings are listed on standard error.
 #[derive(Parser)]
 #[command(
     name = "devanon-summary",
     after_help = "\
 Exit status:
-  0  no test failed, and nothing was found
-  1  some did, or something was, or the file could not be written
+  0  no test failed, and there are no findings
+  1  a test failed, there are findings, or the file could not be written
   2  wrong usage"
 )]
 struct Cli {
-    /// Writes {\"kernels\":[...]} there
+    /// Where to write {"kernels":[...]}
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
 
-    /// Name of a kernel, and the summary of a run on it
+    /// Name of a kernel, and the summary of a run on that kernel
     #[arg(value_name = "NAME=FILE", required = true, value_parser = pair)]
     summaries: Vec<(String, PathBuf)>,
 }
@@ -40,21 +40,21 @@ fn pair(text: &str) -> Result<(String, PathBuf)> {
 }
 
 #[derive(Serialize)]
-struct All {
+struct Report {
     kernels: Vec<Summary>,
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let mut all = All { kernels: vec![] };
+    let mut report = Report { kernels: vec![] };
     for (name, path) in cli.summaries {
         let run = Summary::read(&path).unwrap_or_else(|error| Summary {
             findings: vec![format!("{error:#}")],
             ..Summary::default()
         });
-        match all.kernels.iter_mut().find(|kernel| kernel.name == name) {
+        match report.kernels.iter_mut().find(|kernel| kernel.name == name) {
             Some(kernel) => kernel.add(run),
-            None => all.kernels.push(Summary {
+            None => report.kernels.push(Summary {
                 name,
                 kernel: None,
                 ..run
@@ -62,21 +62,21 @@ fn main() -> ExitCode {
         }
     }
 
-    print!("{}", table(&all.kernels));
-    for kernel in &all.kernels {
+    print!("{}", table(&report.kernels));
+    for kernel in &report.kernels {
         for finding in &kernel.findings {
             eprintln!("{}: {finding}", kernel.name);
         }
     }
-    if let Err(error) = devanon_summary::write(&cli.output, &all) {
+    if let Err(error) = devanon_summary::write(&cli.output, &report) {
         eprintln!("devanon-summary: {error:#}");
         return ExitCode::FAILURE;
     }
     let bad = |kernel: &Summary| kernel.failed != 0 || !kernel.findings.is_empty();
-    ExitCode::from(u8::from(all.kernels.iter().any(bad)))
+    ExitCode::from(u8::from(report.kernels.iter().any(bad)))
 }
 
-const HEADS: [&str; 9] = [
+const HEADINGS: [&str; 9] = [
     "kernel",
     "passed",
     "failed",
@@ -89,7 +89,7 @@ const HEADS: [&str; 9] = [
 ];
 
 fn table(kernels: &[Summary]) -> String {
-    let mut rows = vec![HEADS.map(str::to_owned)];
+    let mut rows = vec![HEADINGS.map(str::to_owned)];
     rows.extend(kernels.iter().map(|kernel| {
         [
             kernel.name.clone(),
@@ -103,7 +103,7 @@ fn table(kernels: &[Summary]) -> String {
             kernel.findings.len().to_string(),
         ]
     }));
-    let mut widths = [0; HEADS.len()];
+    let mut widths = [0; HEADINGS.len()];
     for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = cell.len().max(*width);
@@ -125,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_row_for_each_kernel() {
+    fn one_row_per_kernel() {
         let kernel = |name: &str, pages| Summary {
             name: name.to_owned(),
             pages,
