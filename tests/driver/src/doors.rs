@@ -642,11 +642,11 @@ pub fn unit_tests() -> Result<()> {
     Ok(())
 }
 
-/// The complete program in README.md prints what it should.
-pub fn readme_program() -> Result<()> {
-    let output = std::process::Command::new("/bin/readme-program")
+/// The complete program in docs/programs.md prints what it should.
+pub fn example_program() -> Result<()> {
+    let output = std::process::Command::new("/bin/example-program")
         .output()
-        .context("/bin/readme-program")?;
+        .context("/bin/example-program")?;
     let text = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.success(), "{}: {text}", output.status);
     ensure!(

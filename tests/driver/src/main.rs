@@ -108,7 +108,7 @@ const TESTS: &[Test] = tests! {
         reopened_file_keeps_the_rule,
         mapping_opened_through_map_files,
         unprivileged_user,
-        readme_program,
+        example_program,
         unit_tests,
         module_parameter_mode,
         second_load_is_refused,

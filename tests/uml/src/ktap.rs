@@ -16,24 +16,43 @@ pub type Test<S> = (&'static str, fn(&mut S) -> Result<String>);
 #[derive(Clone, Copy, PartialEq)]
 pub enum Place {
     Vm,
+    /// In the VM with --more: in `make test` other tests run most of the same code.
+    VmMore,
     Here,
     Both,
 }
 
-/// Returns all tests but those that run only in the excluded place.
-pub fn select<S>(tests: &[(Place, Test<S>)], excluded: Option<Place>) -> Vec<Test<S>> {
+/// Returns all tests, wherever they run.
+pub fn all<S>(tests: &[(Place, Test<S>)]) -> Vec<Test<S>> {
+    tests.iter().map(|&(_, test)| test).collect()
+}
+
+/// Returns the tests that run here or in the VM.
+pub fn select<S>(tests: &[(Place, Test<S>)], here: bool, more: bool) -> Vec<Test<S>> {
     tests
         .iter()
-        .filter(|(place, _)| Some(*place) != excluded)
+        .filter(|(place, _)| match place {
+            Place::Vm => !here,
+            Place::VmMore => !here && more,
+            Place::Here => here,
+            Place::Both => true,
+        })
         .map(|&(_, test)| test)
         .collect()
 }
 
-/// Runs the tests. Returns true if none failed.
-pub fn run<S>(tests: &[Test<S>], state: &mut S) -> bool {
+/// Runs the tests, or those whose name contains `only`. Returns true if some ran and none failed.
+pub fn run<S>(tests: &[Test<S>], only: Option<&str>, state: &mut S) -> bool {
+    let chosen = |name: &str| only.is_none_or(|part| name.contains(part));
+    let tests: Vec<_> = tests.iter().filter(|(name, _)| chosen(name)).collect();
+    if tests.is_empty() {
+        let names = "its tests are named in tests/uml/src";
+        eprintln!("devanon-uml: no test has {only:?} in its name; {names}");
+        return false;
+    }
     println!("KTAP version 1\n1..{}", tests.len());
     let mut failed = 0;
-    for (number, (name, test)) in (1..).zip(tests) {
+    for (number, (name, test)) in (1..).zip(&tests) {
         let start = Instant::now();
         let result = test(state);
         println!("# {name}: {} s", start.elapsed().as_secs());

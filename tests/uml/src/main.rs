@@ -41,6 +41,12 @@ struct Args {
     /// the machine
     #[arg(long)]
     here: bool,
+    /// For kernel and ubd: also run what `make test` leaves to `make test-all`
+    #[arg(long)]
+    more: bool,
+    /// For tests: run only those whose name contains this
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
     /// For savings: start a few guests each way, and do not go on until the host swaps
     #[arg(long)]
     short: bool,
@@ -80,11 +86,12 @@ pub fn report(result: Result<()>) -> bool {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    let only = args.only.as_deref();
     let success = match args.scenario {
-        Scenario::Unmodified => unmodified::run(args.node_works),
-        Scenario::Kernel => kernel::run(args.here),
-        Scenario::Userland => userland::run(args.long, args.here),
-        Scenario::Ubd => ubd::run(args.long, args.here),
+        Scenario::Unmodified => unmodified::run(args.node_works, only),
+        Scenario::Kernel => kernel::run(args.here, args.more, only),
+        Scenario::Userland => userland::run(args.long, args.here, only),
+        Scenario::Ubd => ubd::run(args.long, args.here, args.more, only),
         Scenario::Demo => report(demo::run()),
         Scenario::Life => report(life::run()),
         Scenario::Count => report(life::count()),

@@ -103,12 +103,12 @@ const TESTS: &[Test<State>] = &[
     ("the module unloads", unload),
 ];
 
-pub fn run(node_works: bool) -> bool {
+pub fn run(node_works: bool, only: Option<&str>) -> bool {
     let mut state = State {
         node_works,
         ..State::default()
     };
-    ktap::run(TESTS, &mut state)
+    ktap::run(TESTS, only, &mut state)
 }
 
 /// devanon-run as the unprivileged user.

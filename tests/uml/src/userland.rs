@@ -52,16 +52,16 @@ const HERE_TESTS: &[Test<State>] = &[
 
 const LONG_ONLY: &str = "SKIP only in the long form";
 
-pub fn run(long: bool, here: bool) -> bool {
+pub fn run(long: bool, here: bool, only: Option<&str>) -> bool {
     let mut state = State {
         long,
         here,
         ..State::default()
     };
     if here {
-        mount_room() && ktap::run(HERE_TESTS, &mut state)
+        mount_room() && ktap::run(HERE_TESTS, only, &mut state)
     } else {
-        prepare() && ktap::run(TESTS, &mut state)
+        prepare() && ktap::run(TESTS, only, &mut state)
     }
 }
 
