@@ -7,7 +7,7 @@
 //! This is what the physical memory of a User-Mode Linux guest wants, and no filesystem.
 //!
 //! The way of a page, in the order of this file: the device is mapped, and a file of anonymous
-//! memory is made for it ([`DevAnon::new_object`]); the mapping becomes one of that file
+//! memory is made for it ([`DevAnon::new_backing`]); the mapping becomes one of that file
 //! ([`DevAnon::mmap`]); a touch brings in a page ([`FreeOnUnmap::fault`]); a mapping goes away and
 //! frees what nothing else maps ([`FreeOnUnmap::close`]). [`DevAnon::ioctl`] is a second door to
 //! the same files.
@@ -34,6 +34,7 @@ use chrdev::{
     Registration, //
 };
 use core::borrow::Borrow;
+use freeing::PageFreer;
 use kernel::{
     fs::file::{
         flags::O_CLOEXEC,
@@ -49,7 +50,7 @@ use kernel::{
     },
 };
 use range::{
-    to_free,
+    ranges_to_free,
     PageRange, //
 };
 use shmem::{
@@ -65,6 +66,8 @@ mod range;
 mod bindings;
 #[path = "../rust/chrdev.rs"]
 mod chrdev;
+#[path = "../rust/freeing.rs"]
+mod freeing;
 #[path = "../rust/mapping.rs"]
 mod mapping;
 #[path = "../rust/shmem.rs"]
@@ -120,7 +123,7 @@ struct DevAnon;
 impl CharDevice for DevAnon {
     /// Every open has memory of its own; dup, fork and `SCM_RIGHTS` share it. It is made by the
     /// first mapping: who only opens the device, to see that it is there, pays for no more.
-    type Object = ShmemFile;
+    type Backing = ShmemFile;
 
     const CLASS: &'static CStr = c"devanon";
     const NAME: &'static CStr = c"anon";
@@ -130,7 +133,7 @@ impl CharDevice for DevAnon {
         *Borrow::<u16>::borrow(&module_parameters::mode.value())
     }
 
-    fn new_object() -> Result<ARef<ShmemFile>> {
+    fn new_backing() -> Result<ARef<ShmemFile>> {
         ShmemFile::new_unlimited()
     }
 
@@ -168,7 +171,7 @@ impl CharDevice for DevAnon {
     fn show_fdinfo(file: Option<&ShmemFile>, m: &SeqFile) {
         match file {
             Some(file) => file.show_fdinfo(m),
-            None => shmem::show_fdinfo_of_none(m),
+            None => shmem::show_fdinfo_without_file(m),
         }
     }
 }
@@ -181,7 +184,7 @@ impl CharDevice for DevAnon {
 ///
 /// Between "no VMA covers this page" and "it is freed" another process may map it, touch it and
 /// write; freeing it then would lose live data. So it is asked once more under the folio's lock,
-/// which whoever maps the folio takes as well ([`mapping::InvalidateGuard::free_whole`]). A page in
+/// which whoever maps the folio takes as well ([`PageFreer::free_contained`]). A page in
 /// swap has no folio, and a pinned huge folio that lost some of its pages has them zeroed without
 /// asking. `invalidate_lock`, held meanwhile, keeps faults from these.
 ///
@@ -196,7 +199,7 @@ impl VmOperations for FreeOnUnmap {
     }
 
     fn fault(file: &ShmemFile, shmem_fault: impl FnOnce() -> VmFault) -> VmFault {
-        let _not_freeing = file.mapping().invalidate_lock_shared();
+        let _no_freeing = file.mapping().invalidate_lock_shared();
 
         shmem_fault()
     }
@@ -204,46 +207,47 @@ impl VmOperations for FreeOnUnmap {
     fn close(file: &ShmemFile, closed: PageRange) {
         let mapping = file.mapping();
         let no_faults = mapping.invalidate_lock();
-        let before = mapping.pages();
+        let freer = PageFreer::new(&no_faults);
+        let before = mapping.page_counts();
 
         // At an exit all VMAs leave the tree before the first is closed. Where pages come by
         // mappings only, a close also frees what lies uncovered behind it in the file.
         let uncovered = |range| {
-            to_free(
+            ranges_to_free(
                 range,
-                |part| no_faults.next_page(part),
+                |part| freer.next_page(part),
                 |part| {
                     if file.is_only_mapped() {
-                        no_faults.run_beyond(part)
+                        freer.coverage_beyond(part)
                     } else {
-                        no_faults.run(part)
+                        freer.coverage(part)
                     }
                 },
             )
         };
-        let Some(whole) = uncovered(closed)
-            .map(|range| no_faults.free_whole(range))
-            .reduce(|all, whole| all && whole)
+        let Some(straddling) = uncovered(closed)
+            .map(|range| freer.free_contained(range))
+            .reduce(|any, straddling| any || straddling)
         else {
             return;
         };
-        if !whole {
+        if straddling {
             // What lies beyond `closed` in part is for its own close.
             //
             // A huge folio that could not be split when a part of it lost its last mapping (it was
             // pinned, say) is freed with its last part: hence whole folios. A file of the ioctl may
             // have pages beside the closed ones that were written, and never mapped. They stay.
             let closed = if file.is_only_mapped() {
-                no_faults.whole_folios(closed)
+                freer.widen_to_folios(closed)
             } else {
                 closed
             };
             for range in uncovered(closed) {
-                no_faults.free(range);
+                freer.free_splitting(range);
             }
         }
 
-        let after = mapping.pages();
+        let after = mapping.page_counts();
         file.add_freed(before.total().saturating_sub(after.total()));
         file.recount();
     }

@@ -67,7 +67,7 @@ impl PageRange {
 }
 
 /// Pages from one on of which the same holds.
-pub(crate) struct Run {
+pub(crate) struct Coverage {
     /// Some VMA covers each of them, or none does any of them.
     pub(crate) covered: bool,
     /// The last of them.
@@ -81,17 +81,17 @@ pub(crate) struct Run {
 /// page of its argument whether it is covered, and up to which page that holds. Where it tells more
 /// than it was asked, and the pages beyond `range` are not covered, they are to be freed as well.
 /// Pages that are not there cost nothing, however many VMAs cover them.
-pub(crate) fn to_free(
+pub(crate) fn ranges_to_free(
     range: PageRange,
     mut next_page: impl FnMut(PageRange) -> Option<usize>,
-    mut run: impl FnMut(PageRange) -> Run,
+    mut coverage: impl FnMut(PageRange) -> Coverage,
 ) -> impl Iterator<Item = PageRange> {
     let mut rest = Some(range);
 
     core::iter::from_fn(move || loop {
         let todo = rest?;
         let part = PageRange::new(next_page(todo)?, todo.last)?;
-        let Run { covered, last } = run(part);
+        let Coverage { covered, last } = coverage(part);
 
         rest = todo.after(last);
         if !covered {
@@ -124,26 +124,26 @@ mod tests {
     /// of a run reaches `reach` pages, or as far as it holds, `beyond` the range or not.
     fn is_right(
         range: PageRange,
-        there: usize,
+        existing: usize,
         covered: usize,
         reach: usize,
         beyond: bool,
     ) -> bool {
-        let mut asked = 0;
+        let mut lookups = 0;
         let mut freed = 0;
         let mut in_order = true;
-        for part in to_free(
+        for part in ranges_to_free(
             range,
-            |part| (part.first()..=part.last()).find(|page| has(there, *page)),
+            |part| (part.first()..=part.last()).find(|page| has(existing, *page)),
             |part| {
-                asked += 1;
+                lookups += 1;
                 let first = has(covered, part.first());
                 let end = if beyond { PAGES } else { part.last() + 1 };
                 let last = (part.first()..end)
                     .take(reach)
                     .take_while(|page| has(covered, *page) == first)
                     .last();
-                Run {
+                Coverage {
                     covered: first,
                     last: last.unwrap_or(part.first()),
                 }
@@ -156,15 +156,15 @@ mod tests {
         in_order
             && freed & covered == 0
             && (beyond || freed & !bits(range) == 0)
-            && bits(range) & there & !covered & !freed == 0
-            && asked <= there.count_ones()
+            && bits(range) & existing & !covered & !freed == 0
+            && lookups <= existing.count_ones()
     }
 
     #[test]
-    fn frees_what_is_there_and_not_covered() {
+    fn frees_existing_uncovered_pages() {
         let mut right = 0;
         for range in all_ranges() {
-            for there in 0..1 << PAGES {
+            for existing in 0..1 << PAGES {
                 for covered in 0..1 << PAGES {
                     right += [
                         (1, false),
@@ -174,7 +174,7 @@ mod tests {
                         (PAGES, true),
                     ]
                     .into_iter()
-                    .filter(|(reach, beyond)| is_right(range, there, covered, *reach, *beyond))
+                    .filter(|(reach, beyond)| is_right(range, existing, covered, *reach, *beyond))
                     .count();
                 }
             }
@@ -183,13 +183,13 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_the_world_does_not_wrap() {
+    fn the_last_page_does_not_wrap() {
         let all = PageRange::aligned(0, usize::BITS - 1).hull(PageRange::aligned(usize::MAX, 0));
         let free = |covered| {
-            let mut parts = to_free(
+            let mut parts = ranges_to_free(
                 all,
                 |part| Some(part.first()),
-                move |part| Run {
+                move |part| Coverage {
                     covered,
                     last: part.last(),
                 },
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn aligned_runs() {
+    fn aligned_blocks() {
         assert!(Some(PageRange::aligned(5, 0)) == PageRange::new(5, 5));
         assert!(Some(PageRange::aligned(5, 2)) == PageRange::new(4, 7));
         assert!(Some(PageRange::aligned(1023, 9)) == PageRange::new(512, 1023));

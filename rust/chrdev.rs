@@ -33,7 +33,7 @@ use kernel::{
 /// A driver of a character device. Every method is called in process context and may sleep.
 pub(crate) trait CharDevice {
     /// What an open file of the device refers to, from its first mapping on.
-    type Object: AlwaysRefCounted;
+    type Backing: AlwaysRefCounted;
 
     /// Name of the class, in `/sys/class`.
     const CLASS: &'static CStr;
@@ -47,16 +47,16 @@ pub(crate) trait CharDevice {
     /// An open file is mapped for the first time, under `mmap_lock` held for writing. Where several
     /// do so at once, one object is kept. What a mapping with `MAP_FIXED` replaces is gone by then,
     /// even if this fails.
-    fn new_object() -> Result<ARef<Self::Object>>;
+    fn new_backing() -> Result<ARef<Self::Backing>>;
 
     /// `mmap(2)`, under `mmap_lock` held for writing.
-    fn mmap(object: &Self::Object, vma: &NewVma) -> Result;
+    fn mmap(backing: &Self::Backing, vma: &NewVma) -> Result;
 
     /// `ioctl(2)`.
     fn ioctl(cmd: u32, arg: usize) -> Result<c_long>;
 
     /// `/proc/PID/fdinfo/N` is read. There is no object before the first mapping.
-    fn show_fdinfo(object: Option<&Self::Object>, m: &SeqFile);
+    fn show_fdinfo(backing: Option<&Self::Backing>, m: &SeqFile);
 }
 
 /// A device in the kernel's tables, with a node in `/dev` where devtmpfs makes nodes.
@@ -114,14 +114,14 @@ impl<T: CharDevice> Registration<T> {
     /// # Safety
     ///
     /// `file` is an open file of this device, and the caller keeps it for `'a`.
-    unsafe fn object<'a>(file: *mut bindings::file) -> Option<&'a T::Object> {
+    unsafe fn backing<'a>(file: *mut bindings::file) -> Option<&'a T::Backing> {
         // SAFETY: The file is live. `private_data` is null in a new file, and set once, under
         // `f_lock`, to a reference that `release` gives up when nobody keeps the file any more.
         unsafe {
             bindings::spin_lock(&raw mut (*file).f_lock);
-            let object: *const T::Object = (*file).private_data.cast();
+            let backing: *const T::Backing = (*file).private_data.cast();
             bindings::spin_unlock(&raw mut (*file).f_lock);
-            object.as_ref()
+            backing.as_ref()
         }
     }
 
@@ -129,9 +129,12 @@ impl<T: CharDevice> Registration<T> {
     ///
     /// # Safety
     ///
-    /// As [`Self::object`].
-    unsafe fn object_or<'a>(file: *mut bindings::file, new: ARef<T::Object>) -> &'a T::Object {
-        // SAFETY: As in `object`. What is in the slot in the end is no null pointer.
+    /// As [`Self::backing`].
+    unsafe fn backing_or_set<'a>(
+        file: *mut bindings::file,
+        new: ARef<T::Backing>,
+    ) -> &'a T::Backing {
+        // SAFETY: As in `backing`. What is in the slot in the end is no null pointer.
         unsafe {
             bindings::spin_lock(&raw mut (*file).f_lock);
             let slot = &raw mut (*file).private_data;
@@ -141,10 +144,10 @@ impl<T: CharDevice> Registration<T> {
             } else {
                 Some(new)
             };
-            let object: *const T::Object = (*slot).cast();
+            let backing: *const T::Backing = (*slot).cast();
             bindings::spin_unlock(&raw mut (*file).f_lock);
             drop(unused);
-            &*object
+            &*backing
         }
     }
 
@@ -153,12 +156,12 @@ impl<T: CharDevice> Registration<T> {
     /// As the mm calls `f_op->mmap` or `f_op->mmap_prepare`, for an open file of this device.
     unsafe fn map(file: *mut bindings::file, vma: &NewVma) -> Result {
         // SAFETY: The mm keeps the file during the call.
-        if let Some(object) = unsafe { Self::object(file) } {
-            return T::mmap(object, vma);
+        if let Some(backing) = unsafe { Self::backing(file) } {
+            return T::mmap(backing, vma);
         }
-        let new = T::new_object()?;
+        let new = T::new_backing()?;
         // SAFETY: As above.
-        T::mmap(unsafe { Self::object_or(file, new) }, vma)
+        T::mmap(unsafe { Self::backing_or_set(file, new) }, vma)
     }
 
     /// # Safety
@@ -167,8 +170,8 @@ impl<T: CharDevice> Registration<T> {
     unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
         // SAFETY: A reference, if anything; nobody uses the file after this.
         unsafe {
-            if let Some(object) = NonNull::new((*file).private_data) {
-                drop(ARef::<T::Object>::from_raw(object.cast()));
+            if let Some(backing) = NonNull::new((*file).private_data) {
+                drop(ARef::<T::Backing>::from_raw(backing.cast()));
             }
         }
         0
@@ -216,7 +219,7 @@ impl<T: CharDevice> Registration<T> {
     /// Called by procfs for an open file of this device.
     unsafe extern "C" fn show_fdinfo(m: *mut bindings::seq_file, file: *mut bindings::file) {
         // SAFETY: As the caller promises; `m` is this call's alone.
-        unsafe { T::show_fdinfo(Self::object(file), SeqFile::from_raw(m)) };
+        unsafe { T::show_fdinfo(Self::backing(file), SeqFile::from_raw(m)) };
     }
 
     /// # Safety

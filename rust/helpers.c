@@ -99,7 +99,7 @@ bool devanon_invalidate_locked(struct address_space *mapping)
 }
 
 /* Steps in the tree under one i_mmap_rwsem. */
-#define DEVANON_STEPS 1024
+#define DEVANON_MAX_STEPS 1024
 
 /*
  * Whether a VMA covers page @first. @last is lowered to the last page of which
@@ -112,7 +112,7 @@ bool devanon_covered(struct address_space *mapping, pgoff_t first, pgoff_t enoug
 	struct vm_area_struct *vma;
 	pgoff_t vma_first, vma_last, end;
 	bool covered = false;
-	int steps = DEVANON_STEPS;
+	int steps = DEVANON_MAX_STEPS;
 
 	i_mmap_lock_read(mapping);
 	vma = devanon_i_mmap_iter_first(&mapping->i_mmap, first, *last);
@@ -166,8 +166,8 @@ bool devanon_next_page(struct address_space *mapping, bool swapped,
  * answer is true, and *@index is its page. The folios in @fbatch have a reference
  * each. Does not sleep.
  */
-static bool devanon_find(struct address_space *mapping, pgoff_t *index, pgoff_t last,
-			 struct folio_batch *fbatch)
+static bool devanon_find_folios(struct address_space *mapping, pgoff_t *index,
+				pgoff_t last, struct folio_batch *fbatch)
 {
 	XA_STATE(xas, &mapping->i_pages, *index);
 	bool swapped = false;
@@ -202,14 +202,15 @@ again:
 	return swapped;
 }
 
-/* Whether no VMA covers any page of @folio. @whole is cleared if one covers some. */
-static bool devanon_uncovered(struct address_space *mapping, struct folio *folio, bool *whole)
+/* Whether no VMA covers any page of @folio. @straddling is set if one covers some. */
+static bool devanon_folio_uncovered(struct address_space *mapping, struct folio *folio,
+				    bool *straddling)
 {
 	pgoff_t folio_last = folio_next_index(folio) - 1, end = folio_last;
 	bool covered = devanon_covered(mapping, folio->index, folio_last, &end);
 
 	if (end < folio_last)
-		*whole = false;
+		*straddling = true;
 	return !covered && end == folio_last;
 }
 
@@ -217,15 +218,15 @@ static bool devanon_uncovered(struct address_space *mapping, struct folio *folio
  * Remove those of the @nr folios, all locked, that lie in the range and are not
  * covered, and unlock them all. *@next, where the first of them was looked for,
  * becomes where to look next: after the last of them, or before the first that is
- * not there any more. In that case the answer is false. @whole is cleared if a
+ * not there any more. In that case the answer is false. @straddling is set if a
  * folio lies in the range in part, or is covered in part.
  */
 static bool devanon_remove_locked(struct address_space *mapping, struct folio **folios,
 				  unsigned int nr, pgoff_t first, pgoff_t last, pgoff_t *next,
-				  bool *whole)
+				  bool *straddling)
 {
 	pgoff_t low = first, high = last, end;
-	bool none_covered, all_there = true;
+	bool none_covered, all_present = true;
 	unsigned long inside = 0;
 	unsigned int i;
 
@@ -236,14 +237,14 @@ static bool devanon_remove_locked(struct address_space *mapping, struct folio **
 
 		if (folio->mapping != mapping) {
 			/* Swapped out, or a part of a huge one by now. */
-			all_there = false;
+			all_present = false;
 			continue;
 		}
 		end = folio_next_index(folio) - 1;
-		if (all_there)
+		if (all_present)
 			*next = end + 1;
 		if (folio->index < first || end > last) {
-			*whole = false;
+			*straddling = true;
 			continue;
 		}
 		/* They come in the order of their indices. */
@@ -261,19 +262,19 @@ static bool devanon_remove_locked(struct address_space *mapping, struct folio **
 		struct folio *folio = folios[i];
 
 		if (inside & BIT(i)) {
-			if (none_covered || devanon_uncovered(mapping, folio, whole))
+			if (none_covered || devanon_folio_uncovered(mapping, folio, straddling))
 				generic_error_remove_folio(mapping, folio);
 		}
 		folio_unlock(folio);
 	}
 
-	return all_there;
+	return all_present;
 }
 
 /*
  * Remove from the page cache the folios from page *@first to @last that no VMA
  * covers, up to the first entry in swap. If there is one, the answer is true, and
- * *@first is its page. @whole is cleared if a folio was met, and left, that lies
+ * *@first is its page. @straddling is set if a folio was met, and left, that lies
  * in the range in part, or is covered in part.
  *
  * Who covers it is asked with the folio locked: whoever maps a folio, or writes
@@ -281,7 +282,7 @@ static bool devanon_remove_locked(struct address_space *mapping, struct folio **
  * who comes in time loses it, and nobody who comes later finds it. May sleep.
  */
 bool devanon_remove_uncovered(struct address_space *mapping, pgoff_t *first, pgoff_t last,
-			      bool *whole)
+			      bool *straddling)
 {
 	struct folio_batch fbatch;
 	pgoff_t index = *first;
@@ -289,10 +290,10 @@ bool devanon_remove_uncovered(struct address_space *mapping, pgoff_t *first, pgo
 	bool swapped;
 
 	folio_batch_init(&fbatch);
-	while (!(swapped = devanon_find(mapping, &index, last, &fbatch)) &&
+	while (!(swapped = devanon_find_folios(mapping, &index, last, &fbatch)) &&
 	       (nr = folio_batch_count(&fbatch))) {
 		unsigned int done = 0;
-		bool all_there;
+		bool all_present;
 
 		/* Wait for one lock, and take what can be had besides. */
 		do {
@@ -301,11 +302,11 @@ bool devanon_remove_uncovered(struct address_space *mapping, pgoff_t *first, pgo
 			folio_lock(fbatch.folios[locked++]);
 			while (locked < nr && folio_trylock(fbatch.folios[locked]))
 				locked++;
-			all_there = devanon_remove_locked(mapping, fbatch.folios + done,
-							  locked - done, *first, last, &index,
-							  whole);
+			all_present = devanon_remove_locked(mapping, fbatch.folios + done,
+							    locked - done, *first, last, &index,
+							    straddling);
 			done = locked;
-		} while (all_there && done < nr);
+		} while (all_present && done < nr);
 		folio_batch_release(&fbatch);
 		cond_resched_tasks_rcu_qs();
 	}

@@ -21,6 +21,6 @@ bool devanon_covered(struct address_space *mapping, pgoff_t first, pgoff_t enoug
 bool devanon_next_page(struct address_space *mapping, bool swapped,
 		       pgoff_t *first, pgoff_t last);
 bool devanon_remove_uncovered(struct address_space *mapping, pgoff_t *first,
-			      pgoff_t last, bool *whole);
+			      pgoff_t last, bool *straddling);
 
 #endif /* _DEVANON_HELPERS_H */

@@ -21,7 +21,7 @@ use super::{
     bindings,
     mapping::{
         Mapping,
-        Pages, //
+        PageCounts, //
     },
     range::PageRange,
     vma::NewVma, //
@@ -84,28 +84,28 @@ pub(crate) trait VmOperations {
 }
 
 /// shmem's operations and ours.
-struct Tables {
-    shmem_fop: *const bindings::file_operations,
-    shmem_vm: *const bindings::vm_operations_struct,
-    fop: bindings::file_operations,
-    vm: bindings::vm_operations_struct,
+struct WrappedOps {
+    shmem_fops: *const bindings::file_operations,
+    shmem_vm_ops: *const bindings::vm_operations_struct,
+    fops: bindings::file_operations,
+    vm_ops: bindings::vm_operations_struct,
 }
 
 // SAFETY: Function pointers, and pointers to constants of the kernel; nobody writes through them.
-unsafe impl Send for Tables {}
+unsafe impl Send for WrappedOps {}
 // SAFETY: As above.
-unsafe impl Sync for Tables {}
+unsafe impl Sync for WrappedOps {}
 
 /// Populated by [`init`], before the first file is made, and read-only from the end of the
 /// module's initialisation on.
 #[link_section = ".data..ro_after_init"]
-static TABLES: SetOnce<Tables> = SetOnce::new();
+static WRAPPED_OPS: SetOnce<WrappedOps> = SetOnce::new();
 
 /// Makes the tables of operations, with `T` around shmem's.
 ///
 /// To be called once, from the module's `init`; may sleep. Fails with `EBUSY` if called again.
 pub(crate) fn init<T: VmOperations>(module: &ThisModule) -> Result {
-    let file = setup(0)?;
+    let file = new_shmem_file(0)?;
     let mut desc = bindings::vm_area_desc {
         file: file.as_ptr(),
         vm_file: file.as_ptr(),
@@ -113,46 +113,46 @@ pub(crate) fn init<T: VmOperations>(module: &ThisModule) -> Result {
     };
 
     // SAFETY: `file` is a shmem file, so its `f_op` is shmem's constant table.
-    let shmem_fop = unsafe { (*file.as_ptr()).f_op };
+    let shmem_fops = unsafe { (*file.as_ptr()).f_op };
     // SAFETY: As above.
-    let fop = unsafe { ptr::read(shmem_fop) };
-    let mmap_prepare = fop.mmap_prepare.ok_or(ENODEV)?;
+    let fops = unsafe { ptr::read(shmem_fops) };
+    let shmem_mmap_prepare = fops.mmap_prepare.ok_or(ENODEV)?;
     // SAFETY: `.mmap_prepare` of shmem reads the file and fills in the description.
-    to_result(unsafe { mmap_prepare(&mut desc) })?;
-    let shmem_vm = NonNull::new(desc.vm_ops.cast_mut()).ok_or(ENODEV)?;
+    to_result(unsafe { shmem_mmap_prepare(&mut desc) })?;
+    let shmem_vm_ops = NonNull::new(desc.vm_ops.cast_mut()).ok_or(ENODEV)?;
     // SAFETY: shmem filled in a pointer to a constant table.
-    let vm = unsafe { ptr::read(shmem_vm.as_ptr()) };
+    let vm_ops = unsafe { ptr::read(shmem_vm_ops.as_ptr()) };
     // What is wrapped has to be there, and what is replaced must not.
-    if vm.fault.is_none()
-        || vm.map_pages.is_none()
-        || vm.close.is_some()
-        || fop.release.is_some()
-        || fop.show_fdinfo.is_some()
+    if vm_ops.fault.is_none()
+        || vm_ops.map_pages.is_none()
+        || vm_ops.close.is_some()
+        || fops.release.is_some()
+        || fops.show_fdinfo.is_some()
     {
         return Err(ENODEV);
     }
 
-    let populated = TABLES.populate(Tables {
-        shmem_fop,
-        shmem_vm: shmem_vm.as_ptr(),
-        fop: bindings::file_operations {
+    let populated = WRAPPED_OPS.populate(WrappedOps {
+        shmem_fops,
+        shmem_vm_ops: shmem_vm_ops.as_ptr(),
+        fops: bindings::file_operations {
             owner: module.as_ptr(),
             open: Some(open),
             release: Some(release),
-            mmap_prepare: Some(prepare),
+            mmap_prepare: Some(mmap_prepare),
             // shmem's insists that a file has shmem's operations. This one aligns for huge pages
             // as well, and is one that mremap(2) trusts to move several VMAs at once.
             get_unmapped_area: Some(bindings::thp_get_unmapped_area),
             show_fdinfo: Some(show_fdinfo),
-            ..fop
+            ..fops
         },
-        vm: bindings::vm_operations_struct {
+        vm_ops: bindings::vm_operations_struct {
             close: Some(close::<T>),
             fault: Some(fault::<T>),
             map_pages: Some(map_pages::<T>),
             // userfaultfd would fill pages past `fault`, unseen by `close`.
             uffd_ops: ptr::null(),
-            ..vm
+            ..vm_ops
         },
     });
     if populated {
@@ -174,7 +174,7 @@ pub(crate) fn exit() {
 }
 
 /// A new shmem file of `size` bytes, with shmem's own operations.
-fn setup(size: i64) -> Result<ARef<File>> {
+fn new_shmem_file(size: i64) -> Result<ARef<File>> {
     // SAFETY: `NAME` is a string that lives for ever.
     let file = unsafe { bindings::devanon_shmem_file_setup(NAME.as_char_ptr(), size) };
     // No memory for an inode is `ENOSPC` to shmem, but nobody asked for room on a disk.
@@ -190,8 +190,8 @@ fn setup(size: i64) -> Result<ARef<File>> {
 ///
 /// # Invariants
 ///
-/// `f_op` is [`Tables::fop`], `f_inode` is a shmem inode, and the file is one of those counted in
-/// the inode's [`Object`].
+/// `f_op` is [`WrappedOps::fops`], `f_inode` is a shmem inode, and the file is one of those counted in
+/// the inode's [`InodeState`].
 ///
 /// Not a [`File`]: a fault may come inside `fdget_pos()`, when a `write(2)` reads its buffer from a
 /// mapping of the same file, and `File` promises that there is none. Nothing here uses `f_pos`.
@@ -231,20 +231,20 @@ impl ShmemFile {
     }
 
     fn new(size: i64, only_mapped: bool) -> Result<ARef<Self>> {
-        let tables = TABLES.as_ref().ok_or(ENXIO)?;
-        let object = KBox::new(Object::new(only_mapped), GFP_KERNEL_ACCOUNT)?;
-        let file = setup(size)?;
+        let ops = WRAPPED_OPS.as_ref().ok_or(ENXIO)?;
+        let state = KBox::new(InodeState::new(only_mapped), GFP_KERNEL_ACCOUNT)?;
+        let file = new_shmem_file(size)?;
         let raw = file.as_ptr();
 
         // SAFETY: We are called from a file operation of this module's device, which holds the
         // module, so there is a reference to add to. The last `fput()` drops it: it finds the
         // module in `f_op->owner`.
-        unsafe { bindings::__module_get(tables.fop.owner) };
+        unsafe { bindings::__module_get(ops.fops.owner) };
         // SAFETY: The file, its dentry and its inode are new: nobody else looks at these fields.
         unsafe {
-            *object_slot(raw) = KBox::into_raw(object).cast();
-            (*(*raw).f_inode).__bindgen_anon_3.i_fop = &tables.fop;
-            (*raw).f_op = &tables.fop;
+            *state_slot(raw) = KBox::into_raw(state).cast();
+            (*(*raw).f_inode).__bindgen_anon_3.i_fop = &ops.fops;
+            (*raw).f_op = &ops.fops;
         }
         // INVARIANT: `f_op` was set above, and an object starts out with one file counted.
         // SAFETY: Both are transparent over `struct file`; the reference is passed on.
@@ -264,10 +264,10 @@ impl ShmemFile {
         self.0.get()
     }
 
-    fn object(&self) -> &Object {
+    fn state(&self) -> &InodeState {
         // SAFETY: By the type invariant this file is counted, so the object is there as long as the
         // file. Only atomics of it are written.
-        unsafe { &*(*object_slot(self.as_ptr())).cast() }
+        unsafe { &*(*state_slot(self.as_ptr())).cast() }
     }
 
     /// The file's pages.
@@ -313,7 +313,7 @@ impl ShmemFile {
 
         let device = core::mem::replace(&mut desc.file, self.as_ptr());
         // SAFETY: The description is now one for this file, which has our operations.
-        let ret = unsafe { prepare(desc) };
+        let ret = unsafe { mmap_prepare(desc) };
         desc.file = device;
         to_result(ret)?;
         // The mm drops this reference with the VMA, or if none is made after all.
@@ -324,12 +324,12 @@ impl ShmemFile {
     /// Whether every page there is came by a mapping: there was never a descriptor to write one
     /// with. Holds as long as `invalidate_lock` is held.
     pub(crate) fn is_only_mapped(&self) -> bool {
-        self.object().only_mapped.load(Relaxed)
+        self.state().only_mapped.load(Relaxed)
     }
 
     /// Counts `pages` pages as freed because their last mapping went away.
     pub(crate) fn add_freed(&self, pages: usize) {
-        self.object().freed.fetch_add(pages as u64, Relaxed);
+        self.state().freed.fetch_add(pages as u64, Relaxed);
     }
 
     /// Has shmem count the pages that are left, and give back the rest of what it charged. May
@@ -345,9 +345,9 @@ impl ShmemFile {
     /// Writes the lines of `/proc/PID/fdinfo/N`.
     pub(crate) fn show_fdinfo(&self, m: &SeqFile) {
         let mapping = self.mapping();
-        let freed = self.object().freed.load(Relaxed);
+        let freed = self.state().freed.load(Relaxed);
 
-        show_lines(m, mapping.size(), mapping.pages(), freed);
+        show_lines(m, mapping.size(), mapping.page_counts(), freed);
     }
 }
 
@@ -355,7 +355,7 @@ impl ShmemFile {
 ///
 /// The inode's only dentry points here, with `d_fsdata`, which shmem uses for entries of
 /// directories only.
-struct Object {
+struct InodeState {
     /// The files. Changed under the inode's `i_lock`; the object goes with the last of them.
     files: Atomic<usize>,
     /// Pages freed because their last mapping went away, so far.
@@ -364,7 +364,7 @@ struct Object {
     only_mapped: Atomic<bool>,
 }
 
-impl Object {
+impl InodeState {
     fn new(only_mapped: bool) -> Self {
         Self {
             files: Atomic::new(1),
@@ -374,12 +374,12 @@ impl Object {
     }
 }
 
-/// Where the pointer to the [`Object`] is.
+/// Where the pointer to the [`InodeState`] is.
 ///
 /// # Safety
 ///
 /// `file` is a file of a shmem inode.
-unsafe fn object_slot(file: *mut bindings::file) -> *mut *mut Object {
+unsafe fn state_slot(file: *mut bindings::file) -> *mut *mut InodeState {
     // SAFETY: A file holds its dentry. The path of a file never changes.
     unsafe { (&raw mut (*(*file).__bindgen_anon_1.f_path.dentry).d_fsdata).cast() }
 }
@@ -390,11 +390,11 @@ unsafe fn object_slot(file: *mut bindings::file) -> *mut *mut Object {
 ///
 /// Called by the VFS for a file that has our operations.
 unsafe extern "C" fn open(inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
-    let Some(tables) = TABLES.as_ref() else {
+    let Some(ops) = WRAPPED_OPS.as_ref() else {
         return ENXIO.to_errno();
     };
-    // SAFETY: `shmem_fop` is a constant of the kernel, and the inode is one of shmem.
-    if let Some(shmem_open) = unsafe { (*tables.shmem_fop).open } {
+    // SAFETY: `shmem_fops` is a constant of the kernel, and the inode is one of shmem.
+    if let Some(shmem_open) = unsafe { (*ops.shmem_fops).open } {
         // SAFETY: As above.
         let ret = unsafe { shmem_open(inode, file) };
         if ret != 0 {
@@ -406,13 +406,13 @@ unsafe extern "C" fn open(inode: *mut bindings::inode, file: *mut bindings::file
     // there as well: `release` takes both away under the same lock.
     unsafe {
         bindings::spin_lock(&raw mut (*inode).i_lock);
-        let object = (*object_slot(file)).as_ref();
-        if let Some(object) = object {
-            object.files.fetch_add(1, Relaxed);
-            object.only_mapped.store(false, Relaxed);
+        let state = (*state_slot(file)).as_ref();
+        if let Some(state) = state {
+            state.files.fetch_add(1, Relaxed);
+            state.only_mapped.store(false, Relaxed);
         }
         bindings::spin_unlock(&raw mut (*inode).i_lock);
-        if object.is_none() {
+        if state.is_none() {
             // The last file went away after `i_fop` was read for this one.
             return ENXIO.to_errno();
         }
@@ -430,29 +430,29 @@ unsafe extern "C" fn open(inode: *mut bindings::inode, file: *mut bindings::file
 ///
 /// Called by the VFS, once, for a file that has our operations and was opened.
 unsafe extern "C" fn release(inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
-    let Some(tables) = TABLES.as_ref() else {
+    let Some(ops) = WRAPPED_OPS.as_ref() else {
         return 0;
     };
 
     // SAFETY: This file is still counted, so the object is there. `i_lock` orders the change of
     // count, pointer and `i_fop` against `open` and against other files' `release`.
     let last = unsafe {
-        let slot = object_slot(file);
-        let object = *slot;
+        let slot = state_slot(file);
+        let state = *slot;
 
         bindings::spin_lock(&raw mut (*inode).i_lock);
-        let last = (*object).files.fetch_add(usize::MAX, Relaxed) == 1;
+        let last = (*state).files.fetch_add(usize::MAX, Relaxed) == 1;
         if last {
             *slot = ptr::null_mut();
-            (&raw mut (*inode).__bindgen_anon_3.i_fop).write_volatile(tables.shmem_fop);
+            (&raw mut (*inode).__bindgen_anon_3.i_fop).write_volatile(ops.shmem_fops);
         }
         bindings::spin_unlock(&raw mut (*inode).i_lock);
-        last.then_some(object)
+        last.then_some(state)
     };
-    if let Some(object) = last {
+    if let Some(state) = last {
         // SAFETY: It came from `KBox::into_raw`, and with the pointer gone and no file left nobody
         // can find it any more.
-        drop(unsafe { KBox::from_raw(object) });
+        drop(unsafe { KBox::from_raw(state) });
     }
     0
 }
@@ -462,20 +462,20 @@ unsafe extern "C" fn release(inode: *mut bindings::inode, file: *mut bindings::f
 /// # Safety
 ///
 /// Called by the mm for a file that has our operations.
-unsafe extern "C" fn prepare(desc: *mut bindings::vm_area_desc) -> c_int {
-    let Some(tables) = TABLES.as_ref() else {
+unsafe extern "C" fn mmap_prepare(desc: *mut bindings::vm_area_desc) -> c_int {
+    let Some(ops) = WRAPPED_OPS.as_ref() else {
         return ENXIO.to_errno();
     };
-    // SAFETY: `shmem_fop` is a constant of the kernel.
-    let Some(shmem_prepare) = (unsafe { (*tables.shmem_fop).mmap_prepare }) else {
+    // SAFETY: `shmem_fops` is a constant of the kernel.
+    let Some(shmem_mmap_prepare) = (unsafe { (*ops.shmem_fops).mmap_prepare }) else {
         return ENODEV.to_errno();
     };
 
     // SAFETY: The caller's description, for a file of a shmem inode.
-    let ret = unsafe { shmem_prepare(desc) };
+    let ret = unsafe { shmem_mmap_prepare(desc) };
     if ret == 0 {
         // SAFETY: The description is ours to change in this call.
-        unsafe { (*desc).vm_ops = &tables.vm };
+        unsafe { (*desc).vm_ops = &ops.vm_ops };
     }
     ret
 }
@@ -491,11 +491,11 @@ unsafe extern "C" fn show_fdinfo(m: *mut bindings::seq_file, file: *mut bindings
 }
 
 /// The lines of `/proc/PID/fdinfo/N` where [`ShmemFile::new_unlimited`] was not called yet.
-pub(crate) fn show_fdinfo_of_none(m: &SeqFile) {
-    show_lines(m, i64::MAX as u64, Pages::default(), 0);
+pub(crate) fn show_fdinfo_without_file(m: &SeqFile) {
+    show_lines(m, i64::MAX as u64, PageCounts::default(), 0);
 }
 
-fn show_lines(m: &SeqFile, size: u64, pages: Pages, freed: u64) {
+fn show_lines(m: &SeqFile, size: u64, pages: PageCounts, freed: u64) {
     seq_print!(m, "anon-size:\t{}\n", size);
     seq_print!(m, "anon-resident:\t{}\n", pages.resident);
     seq_print!(m, "anon-swapped:\t{}\n", pages.swapped);
@@ -537,11 +537,11 @@ unsafe extern "C" fn close<T: VmOperations>(vma: *mut bindings::vm_area_struct) 
 /// Called by the mm for a VMA that has our operations, under a lock that keeps it.
 unsafe extern "C" fn fault<T: VmOperations>(vmf: *mut bindings::vm_fault) -> VmFault {
     // SAFETY: `vmf` is the mm's, and its VMA is kept for now, which holds its file.
-    let (file, shmem_vm) = unsafe {
+    let (file, shmem_vm_ops) = unsafe {
         let file = (*(*vmf).__bindgen_anon_1.vma).vm_file;
-        (file, shmem_vm(file))
+        (file, shmem_vm_ops(file))
     };
-    let Some(shmem_fault) = shmem_vm.fault else {
+    let Some(shmem_fault) = shmem_vm_ops.fault else {
         return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
     };
     // SAFETY: shmem's handler, for a VMA of a shmem file, called as the mm called us.
@@ -570,11 +570,11 @@ unsafe extern "C" fn map_pages<T: VmOperations>(
     last: c_ulong,
 ) -> VmFault {
     // SAFETY: `vmf` is the mm's, and its VMA is kept, which holds its file.
-    let (file, shmem_vm) = unsafe {
+    let (file, shmem_vm_ops) = unsafe {
         let file = (*(*vmf).__bindgen_anon_1.vma).vm_file;
-        (ShmemFile::from_raw(file), shmem_vm(file))
+        (ShmemFile::from_raw(file), shmem_vm_ops(file))
     };
-    let Some(shmem_map_pages) = shmem_vm.map_pages else {
+    let Some(shmem_map_pages) = shmem_vm_ops.map_pages else {
         return 0;
     };
 
@@ -591,9 +591,9 @@ unsafe extern "C" fn map_pages<T: VmOperations>(
 /// # Safety
 ///
 /// `file` has our operations.
-unsafe fn shmem_vm(file: *mut bindings::file) -> &'static bindings::vm_operations_struct {
-    // SAFETY: The file's operations are those in `TABLES`, of which there is one, and which is not
+unsafe fn shmem_vm_ops(file: *mut bindings::file) -> &'static bindings::vm_operations_struct {
+    // SAFETY: The file's operations are those in `WRAPPED_OPS`, of which there is one, and which is not
     // written again. (A VMA's need not be: a filesystem that passes its mappings on to our file may
     // copy them.) What they name as shmem's is a constant of the kernel.
-    unsafe { &*(*container_of!((*file).f_op, Tables, fop)).shmem_vm }
+    unsafe { &*(*container_of!((*file).f_op, WrappedOps, fops)).shmem_vm_ops }
 }
