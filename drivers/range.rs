@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Ranges of pages, and what of one is left uncovered. Nothing here calls the kernel.
+//! Ranges of pages, and which parts of a range to free.
+//!
+//! The safe side (`drivers/` out of tree): pure arithmetic. Nothing here calls the kernel.
 
-/// Pages `first` to `last` of a file, both included, as page offsets (`pgoff_t`).
+/// The pages of a file from `first` to `last` inclusive, as page offsets (`pgoff_t`).
 ///
 /// # Invariants
 ///
@@ -30,35 +32,35 @@ impl PageRange {
         self.last
     }
 
-    /// The smallest range that holds both.
+    /// The smallest range that contains both.
     pub(crate) fn hull(self, other: Self) -> Self {
-        // INVARIANT: `min(a, b) <= a <= c <= max(c, d)`.
+        // INVARIANT: `first` is at most `self.first`, and `last` at least `self.last`.
         Self {
             first: self.first.min(other.first),
             last: self.last.max(other.last),
         }
     }
 
-    /// What both have in common.
+    /// The pages that are in both.
     pub(crate) fn intersection(self, other: Self) -> Option<Self> {
         Self::new(self.first.max(other.first), self.last.min(other.last))
     }
 
-    /// What of it comes after `page`.
+    /// The part after `page`.
     pub(crate) fn after(self, page: usize) -> Option<Self> {
         Self::new(page.checked_add(1)?, self.last)
     }
 
-    /// Whether `other` lies in it.
+    /// Returns true if all of `other` is in this range.
     pub(crate) fn contains(self, other: Self) -> bool {
         self.first <= other.first && other.last <= self.last
     }
 
-    /// The aligned run of `1 << order` pages that holds `page`.
+    /// The aligned block of `1 << order` pages that contains `page`.
     pub(crate) fn aligned(page: usize, order: u32) -> Self {
         let mask = (1 << order) - 1;
 
-        // INVARIANT: Clearing bits does not raise a number, setting them does not lower it.
+        // INVARIANT: Clearing bits never increases a number, setting bits never decreases it.
         Self {
             first: page & !mask,
             last: page | mask,
@@ -66,21 +68,20 @@ impl PageRange {
     }
 }
 
-/// Pages from one on of which the same holds.
+/// A run of consecutive pages with the same coverage.
 pub(crate) struct Coverage {
-    /// Some VMA covers each of them, or none does any of them.
+    /// True if every page of the run is covered by a VMA, false if none is.
     pub(crate) covered: bool,
-    /// The last of them.
+    /// The last page of the run.
     pub(crate) last: usize,
 }
 
-/// The parts of `range` to free, in ascending order: from a page that is there and not covered to
-/// where the next covered one is known.
+/// The parts of `range` to free, in ascending order. Each begins at a page that exists and that no
+/// VMA covers, and ends where its uncovered run does.
 ///
-/// `next_page` answers with the first page of its argument that is there. `run` says of the first
-/// page of its argument whether it is covered, and up to which page that holds. Where it tells more
-/// than it was asked, and the pages beyond `range` are not covered, they are to be freed as well.
-/// Pages that are not there cost nothing, however many VMAs cover them.
+/// `next_page` returns the first page of its argument that exists, in memory or in swap. `coverage`
+/// returns the run that begins at the first page of its argument. An uncovered run may end beyond
+/// `range`; its pages are then freed as well. Holes cost nothing, however many VMAs cover them.
 pub(crate) fn ranges_to_free(
     range: PageRange,
     mut next_page: impl FnMut(PageRange) -> Option<usize>,
@@ -100,7 +101,7 @@ pub(crate) fn ranges_to_free(
     })
 }
 
-/// Held against the obvious way to do it: a bit for each page.
+/// Checked against a naive bitmap model.
 #[kernel::macros::kunit_tests(devanon_range)]
 mod tests {
     use super::*;
@@ -120,8 +121,8 @@ mod tests {
         (set >> page) & 1 != 0
     }
 
-    /// Whether what is freed is right, in order, and asked for no more than there is. What is known
-    /// of a run reaches `reach` pages, or as far as it holds, `beyond` the range or not.
+    /// Returns true if the parts are right and in order, and took at most one lookup per existing
+    /// page. A lookup reports at most `reach` pages of a run, also beyond `range` if `beyond`.
     fn is_right(
         range: PageRange,
         existing: usize,

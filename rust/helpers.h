@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What the driver needs of the kernel and only inline functions or macros give.
+ * What the driver needs from the kernel that only inline functions and macros
+ * provide. The unsafe side (rust/ out of tree).
  */
 #ifndef _DEVANON_HELPERS_H
 #define _DEVANON_HELPERS_H

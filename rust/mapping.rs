@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The page cache of a shmem file: its locks, its VMAs, the removal of its pages.
+//! The page cache of a shmem file: `invalidate_lock` and page counts.
+//!
+//! The unsafe side (`rust/` out of tree): the kernel crate does not wrap `struct address_space`, so
+//! its raw pointers are handled here.
 //!
 //! Lock order: `mmap_lock` -> `invalidate_lock` -> folio lock -> `i_mmap_rwsem`.
 //!
-//! shmem itself leaves `invalidate_lock` alone. Here it stands between freeing pages (for writing)
-//! and bringing them in by faults (shared, by those that find it taken). This driver never takes it
-//! inside `i_rwsem`'s critical section, but a `write(2)` whose buffer is a mapping of the same file
-//! faults under `i_rwsem`, so `i_rwsem` must not be taken under `invalidate_lock`: no
-//! `vfs_fallocate()` from here.
+//! shmem does not use `invalidate_lock`. The driver holds it for writing while it frees pages, and
+//! a fault that finds it taken takes it shared, and so waits. `i_rwsem` must not be taken under
+//! `invalidate_lock`: a `write(2)` whose buffer is a mapping of the same file faults, and may take
+//! `invalidate_lock`, under `i_rwsem`. Hence no `vfs_fallocate()` from here.
 //!
 //! C headers: [`include/linux/fs.h`](srctree/include/linux/fs.h),
 //! [`include/linux/shmem_fs.h`](srctree/include/linux/shmem_fs.h).
@@ -19,7 +21,7 @@ use kernel::types::{
     Opaque, //
 };
 
-// Offsets in bytes are `usize` here, and `i_size` is read without its seqcount.
+// The driver keeps byte offsets in `usize`, and reads `i_size` without its seqcount.
 const _: () = assert!(usize::BITS == 64);
 
 /// A `struct address_space`, the page cache of one file.
@@ -30,7 +32,7 @@ const _: () = assert!(usize::BITS == 64);
 #[repr(transparent)]
 pub(crate) struct Mapping(Opaque<bindings::address_space>);
 
-/// How many pages a file has.
+/// The number of pages a file has.
 #[derive(Default)]
 pub(crate) struct PageCounts {
     /// Pages in memory.
@@ -40,7 +42,7 @@ pub(crate) struct PageCounts {
 }
 
 impl PageCounts {
-    /// Both kinds.
+    /// Pages in memory and in swap.
     pub(crate) fn total(&self) -> usize {
         self.resident + self.swapped
     }
@@ -49,10 +51,10 @@ impl PageCounts {
 impl Mapping {
     /// # Safety
     ///
-    /// `ptr` is the `i_mapping` of a shmem inode, which lives for `'a`.
+    /// `ptr` must be the `i_mapping` of a shmem inode that lives for `'a`.
     pub(super) unsafe fn from_raw<'a>(ptr: *mut bindings::address_space) -> &'a Self {
         // SAFETY: `Self` is transparent over an `Opaque`, and the caller vouches for the pointee.
-        // INVARIANT: So does the caller for the inode; shmem never redirects `i_mapping`.
+        // INVARIANT: The caller vouches for the inode too; shmem never redirects `i_mapping`.
         unsafe { &*ptr.cast() }
     }
 
@@ -67,34 +69,34 @@ impl Mapping {
     }
 
     fn invalidate_sem(&self) -> *mut bindings::rw_semaphore {
-        // SAFETY: The projection stays inside the live address space.
+        // SAFETY: The field lies inside the live `address_space`.
         unsafe { &raw mut (*self.0.get()).invalidate_lock }
     }
 
-    /// Shuts out every fault of every mapping of this file. May sleep.
+    /// Takes `invalidate_lock` for writing: faults of this file that begin now wait. May sleep.
     pub(crate) fn invalidate_lock(&self) -> InvalidateGuard<'_> {
         // SAFETY: The semaphore lives as long as `self`.
         unsafe { bindings::down_write(self.invalidate_sem()) };
-        // INVARIANT: Just taken, by this task.
+        // INVARIANT: This task has just taken it.
         InvalidateGuard(self, NotThreadSafe)
     }
 
-    /// Shuts out the freeing of pages. May sleep.
+    /// Takes `invalidate_lock` shared, which keeps the driver from freeing pages. May sleep.
     pub(crate) fn invalidate_lock_shared(&self) -> SharedInvalidateGuard<'_> {
         // SAFETY: The semaphore lives as long as `self`.
         unsafe { bindings::down_read(self.invalidate_sem()) };
-        // INVARIANT: Just taken, by this task.
+        // INVARIANT: This task has just taken it.
         SharedInvalidateGuard(self, NotThreadSafe)
     }
 
-    /// Whether anybody has `invalidate_lock`, one way or the other. Does not sleep.
+    /// Returns true if any task holds `invalidate_lock`, shared or for writing. Does not sleep.
     pub(crate) fn is_invalidate_locked(&self) -> bool {
         // SAFETY: The mapping is live.
         unsafe { bindings::devanon_invalidate_locked(self.0.get()) }
     }
 
-    /// The pages of the file. Takes no lock: what goes to swap, or comes or goes otherwise at the
-    /// same moment, may be counted or not, or twice.
+    /// Counts the pages of the file. Takes no lock: a page that is added, removed, or moved to or
+    /// from swap at the same moment may be missed, or counted twice.
     pub(crate) fn page_counts(&self) -> PageCounts {
         let (mut resident, mut swapped) = (0, 0);
 
@@ -103,10 +105,10 @@ impl Mapping {
         PageCounts { resident, swapped }
     }
 
-    /// Size of the file in bytes.
+    /// The size of the file in bytes.
     pub(crate) fn size(&self) -> u64 {
-        // SAFETY: The host is a live inode. `i_size` is one word, as offsets in bytes are (see
-        // above), and all that is asked of it is some value it had.
+        // SAFETY: The host is a live inode. `i_size` is one word (see the assertion above), so this
+        // reads a value that it had at some moment.
         unsafe { (&raw const (*self.host()).i_size).read_volatile() as u64 }
     }
 }
@@ -115,7 +117,7 @@ impl Mapping {
 ///
 /// # Invariants
 ///
-/// The current task holds it, and gives it back when this is dropped.
+/// The current task holds the lock until the guard is dropped.
 pub(crate) struct InvalidateGuard<'a>(&'a Mapping, NotThreadSafe);
 
 impl InvalidateGuard<'_> {
@@ -126,7 +128,7 @@ impl InvalidateGuard<'_> {
 
 impl Drop for InvalidateGuard<'_> {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant this task holds it for writing.
+        // SAFETY: By the type invariant this task holds the lock for writing.
         unsafe { bindings::up_write(self.0.invalidate_sem()) };
     }
 }
@@ -135,12 +137,12 @@ impl Drop for InvalidateGuard<'_> {
 ///
 /// # Invariants
 ///
-/// The current task holds it, and gives it back when this is dropped.
+/// The current task holds the lock until the guard is dropped.
 pub(crate) struct SharedInvalidateGuard<'a>(&'a Mapping, NotThreadSafe);
 
 impl Drop for SharedInvalidateGuard<'_> {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant this task holds it shared.
+        // SAFETY: By the type invariant this task holds the lock shared.
         unsafe { bindings::up_read(self.0.invalidate_sem()) };
     }
 }
