@@ -2,15 +2,18 @@
 
 //! `/dev/anon`: anonymous pages that go back to the host when unmapped.
 //!
-//! A page of it exists from its first touch until the last mapping that covers it goes away. Then
-//! the page, resident or swapped out, is freed, and its data is gone; a later touch finds zeros.
-//! This is what the physical memory of a User-Mode Linux guest wants, and no filesystem.
+//! The safe side (`drivers/` out of tree): the driver's policy. No unsafe code.
 //!
-//! The way of a page, in the order of this file: the device is mapped, and a file of anonymous
-//! memory is made for it ([`DevAnon::new_object`]); the mapping becomes one of that file
-//! ([`DevAnon::mmap`]); a touch brings in a page ([`FreeOnUnmap::fault`]); a mapping goes away and
-//! frees what nothing else maps ([`FreeOnUnmap::close`]). [`DevAnon::ioctl`] is a second door to
-//! the same files.
+//! A page of the device exists from its first touch until the last mapping that covers it goes
+//! away. Then the page, resident or swapped out, is freed, and its data is lost; a later touch
+//! finds zeros. This suits the physical memory of a User-Mode Linux guest. It does not suit a
+//! filesystem.
+//!
+//! The life of a page, in the order of this file: the device is mapped, and a file of anonymous
+//! memory is made for it ([`DevAnon::new_backing`]); the mapping becomes one of that file
+//! ([`DevAnon::mmap`]); a touch brings in a page ([`FreeOnUnmap::fault`]); a mapping goes away, and
+//! the pages that nothing else maps are freed ([`FreeOnUnmap::close`]). [`DevAnon::ioctl`] is
+//! another way to get such files.
 //!
 //! # Examples
 //!
@@ -24,7 +27,7 @@
 //!     char *p = mmap(0, 1 << 20, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 //!
 //!     p[0] = 1;               /* the host pays for one page */
-//!     munmap(p, 1 << 20);     /* and here it does not any more */
+//!     munmap(p, 1 << 20);     /* the host no longer pays for it */
 //!     return 0;
 //! }
 //! ```
@@ -34,6 +37,7 @@ use chrdev::{
     Registration, //
 };
 use core::borrow::Borrow;
+use freeing::PageFreer;
 use kernel::{
     fs::file::{
         flags::O_CLOEXEC,
@@ -49,7 +53,7 @@ use kernel::{
     },
 };
 use range::{
-    to_free,
+    ranges_to_free,
     PageRange, //
 };
 use shmem::{
@@ -61,10 +65,15 @@ use vma::NewVma;
 
 mod range;
 
+// The unsafe side. Out of tree it is `../rust`, so that the two sides can be told apart by their
+// path. In tree, kbuild wants a driver in one directory: `scripts/host-patches` puts both sides
+// there and removes the `#[path]` lines.
 #[path = "../rust/bindings.rs"]
 mod bindings;
 #[path = "../rust/chrdev.rs"]
 mod chrdev;
+#[path = "../rust/freeing.rs"]
+mod freeing;
 #[path = "../rust/mapping.rs"]
 mod mapping;
 #[path = "../rust/shmem.rs"]
@@ -86,7 +95,7 @@ module! {
     },
 }
 
-/// Since Linux 2.4 and its User-Mode Linux patches.
+/// 1:10 has been the number of this device since the User-Mode Linux patches for Linux 2.4.
 const MAJOR: u32 = 1;
 const MINOR: u32 = 10;
 
@@ -118,19 +127,19 @@ impl Drop for Module {
 struct DevAnon;
 
 impl CharDevice for DevAnon {
-    /// Every open has memory of its own; dup, fork and `SCM_RIGHTS` share it. It is made by the
-    /// first mapping: who only opens the device, to see that it is there, pays for no more.
-    type Object = ShmemFile;
+    /// Every open has memory of its own, which dup, fork and `SCM_RIGHTS` share. Created on first
+    /// mmap, so merely opening the device costs nothing more.
+    type Backing = ShmemFile;
 
     const CLASS: &'static CStr = c"devanon";
     const NAME: &'static CStr = c"anon";
 
     fn mode() -> u16 {
-        // A `u16` from 7.3 on, a `&u16` before.
+        // `value()` returns a `u16` from Linux 7.3 on, and a `&u16` before.
         *Borrow::<u16>::borrow(&module_parameters::mode.value())
     }
 
-    fn new_object() -> Result<ARef<ShmemFile>> {
+    fn new_backing() -> Result<ARef<ShmemFile>> {
         ShmemFile::new_unlimited()
     }
 
@@ -168,26 +177,27 @@ impl CharDevice for DevAnon {
     fn show_fdinfo(file: Option<&ShmemFile>, m: &SeqFile) {
         match file {
             Some(file) => file.show_fdinfo(m),
-            None => shmem::show_fdinfo_of_none(m),
+            None => shmem::show_fdinfo_without_file(m),
         }
     }
 }
 
 /// The rule: a page is freed when the last mapping that covers it goes away.
 ///
-/// The kernel knows which VMAs cover which pages of a file: the file's `i_mmap` tree. A VMA that is
-/// closed has left it, so what is to be freed is the closed range less what the tree still covers.
-/// Nothing is counted, so nothing can be miscounted at fork, split, merge, mremap or exit.
+/// The kernel knows which VMAs cover which pages of a file, by the file's `i_mmap` tree. A VMA has
+/// left the tree by the time it is closed, so the pages to free are the closed range minus what the
+/// tree still covers. Nothing is counted, so nothing can be miscounted at fork, split, merge,
+/// mremap or exit.
 ///
-/// Between "no VMA covers this page" and "it is freed" another process may map it, touch it and
-/// write; freeing it then would lose live data. So it is asked once more under the folio's lock,
-/// which whoever maps the folio takes as well ([`mapping::InvalidateGuard::free_whole`]). A page in
-/// swap has no folio, and a pinned huge folio that lost some of its pages has them zeroed without
-/// asking. `invalidate_lock`, held meanwhile, keeps faults from these.
+/// Between "no VMA covers this page" and "the page is freed", another process may map the page and
+/// write to it. Freeing it then would lose live data. So coverage is rechecked under the folio
+/// lock, which a mapper of the folio takes as well ([`PageFreer::free_contained`]). Two cases have
+/// no such recheck: a page in swap, which has no folio, and a partly unmapped huge folio that is
+/// pinned, whose uncovered pages are zeroed. There `invalidate_lock` keeps faults out.
 ///
-/// Faults take that lock only if somebody has it. Whoever holds it to free pages took it before he
-/// asked the tree, and has it until he is done. A VMA that he did not find there came later, so its
-/// faults find the lock taken. A VMA that he found keeps its pages.
+/// A fault takes that lock only if it finds the lock taken. The closer takes the lock before
+/// querying the tree and holds it until done. A VMA it missed entered the tree later, so the faults
+/// of that VMA see the lock held. A VMA it found keeps its pages.
 struct FreeOnUnmap;
 
 impl VmOperations for FreeOnUnmap {
@@ -196,7 +206,7 @@ impl VmOperations for FreeOnUnmap {
     }
 
     fn fault(file: &ShmemFile, shmem_fault: impl FnOnce() -> VmFault) -> VmFault {
-        let _not_freeing = file.mapping().invalidate_lock_shared();
+        let _no_freeing = file.mapping().invalidate_lock_shared();
 
         shmem_fault()
     }
@@ -204,46 +214,48 @@ impl VmOperations for FreeOnUnmap {
     fn close(file: &ShmemFile, closed: PageRange) {
         let mapping = file.mapping();
         let no_faults = mapping.invalidate_lock();
-        let before = mapping.pages();
+        let freer = PageFreer::new(&no_faults);
+        let before = mapping.page_counts();
 
-        // At an exit all VMAs leave the tree before the first is closed. Where pages come by
-        // mappings only, a close also frees what lies uncovered behind it in the file.
+        // When a process exits, all its VMAs leave the tree before the first is closed. If all
+        // pages came from mappings, a close also frees the uncovered pages behind it in the file.
         let uncovered = |range| {
-            to_free(
+            ranges_to_free(
                 range,
-                |part| no_faults.next_page(part),
+                |part| freer.next_page(part),
                 |part| {
                     if file.is_only_mapped() {
-                        no_faults.run_beyond(part)
+                        freer.coverage_beyond(part)
                     } else {
-                        no_faults.run(part)
+                        freer.coverage(part)
                     }
                 },
             )
         };
-        let Some(whole) = uncovered(closed)
-            .map(|range| no_faults.free_whole(range))
-            .reduce(|all, whole| all && whole)
+        let Some(straddling) = uncovered(closed)
+            .map(|range| freer.free_contained(range))
+            .reduce(|any, straddling| any || straddling)
         else {
             return;
         };
-        if !whole {
-            // What lies beyond `closed` in part is for its own close.
+        if straddling {
+            // A folio beyond `closed` that was left is for the close of its own range.
             //
-            // A huge folio that could not be split when a part of it lost its last mapping (it was
-            // pinned, say) is freed with its last part: hence whole folios. A file of the ioctl may
-            // have pages beside the closed ones that were written, and never mapped. They stay.
+            // A huge folio that could not be split when a part of it lost its last mapping, because
+            // it was pinned for example, is freed with its last part: hence the widening. In other
+            // files, pages beside the closed ones may have been written and never mapped. Those
+            // stay.
             let closed = if file.is_only_mapped() {
-                no_faults.whole_folios(closed)
+                freer.widen_to_folios(closed)
             } else {
                 closed
             };
             for range in uncovered(closed) {
-                no_faults.free(range);
+                freer.free_splitting(range);
             }
         }
 
-        let after = mapping.pages();
+        let after = mapping.page_counts();
         file.add_freed(before.total().saturating_sub(after.total()));
         file.recount();
     }

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Ranges of pages, and what of one is left uncovered. Nothing here calls the kernel.
+//! Ranges of pages, and which parts of a range to free.
+//!
+//! The safe side (`drivers/` out of tree): pure arithmetic. Nothing here calls the kernel.
 
-/// Pages `first` to `last` of a file, both included, as page offsets (`pgoff_t`).
+/// The pages of a file from `first` to `last` inclusive, as page offsets (`pgoff_t`).
 ///
 /// # Invariants
 ///
@@ -30,35 +32,35 @@ impl PageRange {
         self.last
     }
 
-    /// The smallest range that holds both.
+    /// The smallest range that contains both.
     pub(crate) fn hull(self, other: Self) -> Self {
-        // INVARIANT: `min(a, b) <= a <= c <= max(c, d)`.
+        // INVARIANT: `first` is at most `self.first`, and `last` at least `self.last`.
         Self {
             first: self.first.min(other.first),
             last: self.last.max(other.last),
         }
     }
 
-    /// What both have in common.
+    /// The pages that are in both.
     pub(crate) fn intersection(self, other: Self) -> Option<Self> {
         Self::new(self.first.max(other.first), self.last.min(other.last))
     }
 
-    /// What of it comes after `page`.
+    /// The part after `page`.
     pub(crate) fn after(self, page: usize) -> Option<Self> {
         Self::new(page.checked_add(1)?, self.last)
     }
 
-    /// Whether `other` lies in it.
+    /// Returns true if all of `other` is in this range.
     pub(crate) fn contains(self, other: Self) -> bool {
         self.first <= other.first && other.last <= self.last
     }
 
-    /// The aligned run of `1 << order` pages that holds `page`.
+    /// The aligned block of `1 << order` pages that contains `page`.
     pub(crate) fn aligned(page: usize, order: u32) -> Self {
         let mask = (1 << order) - 1;
 
-        // INVARIANT: Clearing bits does not raise a number, setting them does not lower it.
+        // INVARIANT: Clearing bits never increases a number, setting bits never decreases it.
         Self {
             first: page & !mask,
             last: page | mask,
@@ -66,32 +68,31 @@ impl PageRange {
     }
 }
 
-/// Pages from one on of which the same holds.
-pub(crate) struct Run {
-    /// Some VMA covers each of them, or none does any of them.
+/// A run of consecutive pages with the same coverage.
+pub(crate) struct Coverage {
+    /// True if every page of the run is covered by a VMA, false if none is.
     pub(crate) covered: bool,
-    /// The last of them.
+    /// The last page of the run.
     pub(crate) last: usize,
 }
 
-/// The parts of `range` to free, in ascending order: from a page that is there and not covered to
-/// where the next covered one is known.
+/// The parts of `range` to free, in ascending order. Each begins at a page that exists and that no
+/// VMA covers, and ends where its uncovered run does.
 ///
-/// `next_page` answers with the first page of its argument that is there. `run` says of the first
-/// page of its argument whether it is covered, and up to which page that holds. Where it tells more
-/// than it was asked, and the pages beyond `range` are not covered, they are to be freed as well.
-/// Pages that are not there cost nothing, however many VMAs cover them.
-pub(crate) fn to_free(
+/// `next_page` returns the first page of its argument that exists, in memory or in swap. `coverage`
+/// returns the run that begins at the first page of its argument. An uncovered run may end beyond
+/// `range`; its pages are then freed as well. Holes cost nothing, however many VMAs cover them.
+pub(crate) fn ranges_to_free(
     range: PageRange,
     mut next_page: impl FnMut(PageRange) -> Option<usize>,
-    mut run: impl FnMut(PageRange) -> Run,
+    mut coverage: impl FnMut(PageRange) -> Coverage,
 ) -> impl Iterator<Item = PageRange> {
     let mut rest = Some(range);
 
     core::iter::from_fn(move || loop {
         let todo = rest?;
         let part = PageRange::new(next_page(todo)?, todo.last)?;
-        let Run { covered, last } = run(part);
+        let Coverage { covered, last } = coverage(part);
 
         rest = todo.after(last);
         if !covered {
@@ -100,7 +101,7 @@ pub(crate) fn to_free(
     })
 }
 
-/// Held against the obvious way to do it: a bit for each page.
+/// Checked against a naive bitmap model.
 #[kernel::macros::kunit_tests(devanon_range)]
 mod tests {
     use super::*;
@@ -120,30 +121,30 @@ mod tests {
         (set >> page) & 1 != 0
     }
 
-    /// Whether what is freed is right, in order, and asked for no more than there is. What is known
-    /// of a run reaches `reach` pages, or as far as it holds, `beyond` the range or not.
+    /// Returns true if the parts are right and in order, and took at most one lookup per existing
+    /// page. A lookup reports at most `reach` pages of a run, also beyond `range` if `beyond`.
     fn is_right(
         range: PageRange,
-        there: usize,
+        existing: usize,
         covered: usize,
         reach: usize,
         beyond: bool,
     ) -> bool {
-        let mut asked = 0;
+        let mut lookups = 0;
         let mut freed = 0;
         let mut in_order = true;
-        for part in to_free(
+        for part in ranges_to_free(
             range,
-            |part| (part.first()..=part.last()).find(|page| has(there, *page)),
+            |part| (part.first()..=part.last()).find(|page| has(existing, *page)),
             |part| {
-                asked += 1;
+                lookups += 1;
                 let first = has(covered, part.first());
                 let end = if beyond { PAGES } else { part.last() + 1 };
                 let last = (part.first()..end)
                     .take(reach)
                     .take_while(|page| has(covered, *page) == first)
                     .last();
-                Run {
+                Coverage {
                     covered: first,
                     last: last.unwrap_or(part.first()),
                 }
@@ -156,15 +157,15 @@ mod tests {
         in_order
             && freed & covered == 0
             && (beyond || freed & !bits(range) == 0)
-            && bits(range) & there & !covered & !freed == 0
-            && asked <= there.count_ones()
+            && bits(range) & existing & !covered & !freed == 0
+            && lookups <= existing.count_ones()
     }
 
     #[test]
-    fn frees_what_is_there_and_not_covered() {
+    fn frees_existing_uncovered_pages() {
         let mut right = 0;
         for range in all_ranges() {
-            for there in 0..1 << PAGES {
+            for existing in 0..1 << PAGES {
                 for covered in 0..1 << PAGES {
                     right += [
                         (1, false),
@@ -174,7 +175,7 @@ mod tests {
                         (PAGES, true),
                     ]
                     .into_iter()
-                    .filter(|(reach, beyond)| is_right(range, there, covered, *reach, *beyond))
+                    .filter(|(reach, beyond)| is_right(range, existing, covered, *reach, *beyond))
                     .count();
                 }
             }
@@ -183,13 +184,13 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_the_world_does_not_wrap() {
+    fn the_last_page_does_not_wrap() {
         let all = PageRange::aligned(0, usize::BITS - 1).hull(PageRange::aligned(usize::MAX, 0));
         let free = |covered| {
-            let mut parts = to_free(
+            let mut parts = ranges_to_free(
                 all,
                 |part| Some(part.first()),
-                move |part| Run {
+                move |part| Coverage {
                     covered,
                     last: part.last(),
                 },
@@ -208,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn aligned_runs() {
+    fn aligned_blocks() {
         assert!(Some(PageRange::aligned(5, 0)) == PageRange::new(5, 5));
         assert!(Some(PageRange::aligned(5, 2)) == PageRange::new(4, 7));
         assert!(Some(PageRange::aligned(1023, 9)) == PageRange::new(512, 1023));

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The kernel crate's bindings, and what they lack: `bindings_helper.h`, by way of bindgen.
+//! The kernel crate's bindings, and what they lack, which bindgen makes from `bindings_helper.h`.
+//!
+//! The unsafe side (`rust/` out of tree): raw C declarations.
 
 #![allow(
     clippy::all,

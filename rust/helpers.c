@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
  * Inline functions and macros of the kernel, made callable from Rust; and the
- * removal of folios, which is made of little else.
+ * removal of folios, which consists of little else.
+ *
+ * The unsafe side (rust/ out of tree).
  */
 #include <linux/fcntl.h>
 #include <linux/folio_batch.h>
@@ -16,21 +18,21 @@
 
 #include "helpers.h"
 
-/* vma_start_pgoff(), which is in 7.3, by way of what is in 7.2 as well. */
+/* What vma_start_pgoff() of 7.3 returns, by means that 7.2 has as well. */
 static inline pgoff_t devanon_vma_first(struct vm_area_struct *vma)
 {
 	return vma_last_pgoff(vma) + 1 - vma_pages(vma);
 }
 
-/* The tree of mm/interval_tree.c, whose functions modules cannot call. */
+/* The tree of mm/interval_tree.c, whose functions are not exported to modules. */
 INTERVAL_TREE_DEFINE(struct vm_area_struct, shared.rb, unsigned long,
 		     shared.rb_subtree_last, devanon_vma_first, vma_last_pgoff,
 		     static inline, devanon_i_mmap)
 
 /*
- * A shmem file of the kernel's internal mount; pages are accounted one by one.
- * Not to be executed, whatever vm.memfd_noexec says: its content would not
- * outlive the last process that runs it.
+ * Make a shmem file on the kernel's internal mount; its pages are accounted one
+ * by one. Whatever vm.memfd_noexec says, the file is not executable: its content
+ * would not outlive the last process that runs it.
  */
 struct file *devanon_shmem_file_setup(const char *name, loff_t size)
 {
@@ -48,22 +50,22 @@ struct file *devanon_shmem_file_setup(const char *name, loff_t size)
 }
 
 /*
- * Pages of @inode in memory and in swap. shmem's own sum of both lags behind when
- * reclaim drops pages that were never written.
+ * Count the pages of @inode in memory and in swap. shmem's own sum of both lags
+ * behind when reclaim drops pages that were never written.
  */
 void devanon_shmem_pages(struct inode *inode, unsigned long *resident,
 			 unsigned long *swapped)
 {
-	/* What other tasks add or remove meanwhile may be counted or not. */
+	/* Pages that other tasks add or remove meanwhile may be missed. */
 	*resident = data_race(inode->i_mapping->nrpages);
-	/* As above. */
+	/* Likewise for pages that go to or come from swap. */
 	*swapped = data_race(SHMEM_I(inode)->swapped);
 }
 
 /*
- * Have shmem count the pages of @file anew, as any stat(2) does: others removed
- * some. May sleep. shmem_getattr() takes info->lock and no other, in 7.2 and 7.3:
- * the caller holds locks that i_rwsem must not be taken under.
+ * Make shmem recount the pages of @file, as any stat(2) does, after the driver
+ * removed some. May sleep. The caller holds locks that i_rwsem must not be taken
+ * under; shmem_getattr() of 7.2 and 7.3 takes only info->lock.
  */
 void devanon_shmem_recount(struct file *file)
 {
@@ -72,38 +74,41 @@ void devanon_shmem_recount(struct file *file)
 	vfs_getattr_nosec(&file->f_path, &stat, STATX_BLOCKS, AT_STATX_DONT_SYNC);
 }
 
-/* What open(2) would have set: shmem_file_setup() makes files for mapping only. */
+/*
+ * Set what open(2) would have set. shmem_file_setup() makes files that are only
+ * meant to be mapped.
+ */
 void devanon_file_set_seekable(struct file *file)
 {
 	file->f_mode |= FMODE_LSEEK | FMODE_PREAD | FMODE_PWRITE;
 	file->f_flags |= O_LARGEFILE;
 }
 
-/* The pages of its file that @vma covers. */
+/* The first and the last page of its file that @vma covers. */
 void devanon_vma_range(struct vm_area_struct *vma, pgoff_t *first, pgoff_t *last)
 {
 	*first = devanon_vma_first(vma);
 	*last = vma_last_pgoff(vma);
 }
 
-/* A function or a macro, as the kernel is preemptible or not. */
+/* A function or a macro, depending on whether the kernel is preemptible. */
 void devanon_synchronize_rcu_tasks(void)
 {
 	synchronize_rcu_tasks();
 }
 
-/* Whether anybody has invalidate_lock, shared or for writing. Does not sleep. */
+/* Return true if invalidate_lock is held, shared or for writing. Does not sleep. */
 bool devanon_invalidate_locked(struct address_space *mapping)
 {
 	return rwsem_is_locked(&mapping->invalidate_lock);
 }
 
-/* Steps in the tree under one i_mmap_rwsem. */
-#define DEVANON_STEPS 1024
+/* The most VMAs to visit in the tree while i_mmap_rwsem is held. */
+#define DEVANON_MAX_STEPS 1024
 
 /*
- * Whether a VMA covers page @first. @last is lowered to the last page of which
- * the same is known. Covered pages after @enough are not looked for. Takes
+ * Return true if a VMA covers page @first. Lower *@last to the last page known to
+ * have the same coverage. A covered run is not followed beyond @enough. Takes
  * i_mmap_rwsem for reading; may sleep.
  */
 bool devanon_covered(struct address_space *mapping, pgoff_t first, pgoff_t enough,
@@ -112,7 +117,7 @@ bool devanon_covered(struct address_space *mapping, pgoff_t first, pgoff_t enoug
 	struct vm_area_struct *vma;
 	pgoff_t vma_first, vma_last, end;
 	bool covered = false;
-	int steps = DEVANON_STEPS;
+	int steps = DEVANON_MAX_STEPS;
 
 	i_mmap_lock_read(mapping);
 	vma = devanon_i_mmap_iter_first(&mapping->i_mmap, first, *last);
@@ -120,7 +125,7 @@ bool devanon_covered(struct address_space *mapping, pgoff_t first, pgoff_t enoug
 		devanon_vma_range(vma, &vma_first, &vma_last);
 		covered = vma_first <= first;
 		end = covered ? vma_last : vma_first - 1;
-		/* VMAs come in the order of their first pages. */
+		/* The tree yields VMAs in the order of their first pages. */
 		while (covered && end < min(enough, *last) && --steps) {
 			vma = devanon_i_mmap_iter_next(vma, first, *last);
 			if (!vma)
@@ -139,8 +144,9 @@ bool devanon_covered(struct address_space *mapping, pgoff_t first, pgoff_t enoug
 }
 
 /*
- * The first page in [@first, @last] that has a folio or is in swap; if @swapped,
- * that is in swap. Does not sleep.
+ * Set *@first to the first page in [*@first, @last] that has a folio or is in
+ * swap; if @swapped, to the first that is in swap. Return false if there is none.
+ * Does not sleep.
  */
 bool devanon_next_page(struct address_space *mapping, bool swapped,
 		       pgoff_t *first, pgoff_t last)
@@ -161,13 +167,12 @@ bool devanon_next_page(struct address_space *mapping, bool swapped,
 }
 
 /*
- * Find folios from page *@index on, up to a large one, which may be split behind
- * our back, or to the first entry in swap. If that comes before all folios, the
- * answer is true, and *@index is its page. The folios in @fbatch have a reference
- * each. Does not sleep.
+ * Fill @fbatch with folios from page *@index on, with a reference each. Stop after
+ * a large folio, which may be split meanwhile, and before a swap entry. If a swap
+ * entry comes first, set *@index to its page and return true. Does not sleep.
  */
-static bool devanon_find(struct address_space *mapping, pgoff_t *index, pgoff_t last,
-			 struct folio_batch *fbatch)
+static bool devanon_find_folios(struct address_space *mapping, pgoff_t *index,
+				pgoff_t last, struct folio_batch *fbatch)
 {
 	XA_STATE(xas, &mapping->i_pages, *index);
 	bool swapped = false;
@@ -202,30 +207,35 @@ again:
 	return swapped;
 }
 
-/* Whether no VMA covers any page of @folio. @whole is cleared if one covers some. */
-static bool devanon_uncovered(struct address_space *mapping, struct folio *folio, bool *whole)
+/*
+ * Return true if no VMA covers any page of @folio. Set *@straddling if VMAs cover
+ * only a part of it, or too many VMAs cover it to tell.
+ */
+static bool devanon_folio_uncovered(struct address_space *mapping, struct folio *folio,
+				    bool *straddling)
 {
 	pgoff_t folio_last = folio_next_index(folio) - 1, end = folio_last;
 	bool covered = devanon_covered(mapping, folio->index, folio_last, &end);
 
 	if (end < folio_last)
-		*whole = false;
+		*straddling = true;
 	return !covered && end == folio_last;
 }
 
 /*
- * Remove those of the @nr folios, all locked, that lie in the range and are not
- * covered, and unlock them all. *@next, where the first of them was looked for,
- * becomes where to look next: after the last of them, or before the first that is
- * not there any more. In that case the answer is false. @whole is cleared if a
- * folio lies in the range in part, or is covered in part.
+ * Of the @nr locked @folios, remove those that lie in [@first, @last] and that no
+ * VMA covers. Unlock all. *@next is the page where the search for the first of
+ * them began; advance it past the last of them and return true. If some have left
+ * the page cache, advance it only past those before the first such folio, and
+ * return false. Set *@straddling if a folio lies only partly in the range or may
+ * be only partly covered.
  */
 static bool devanon_remove_locked(struct address_space *mapping, struct folio **folios,
 				  unsigned int nr, pgoff_t first, pgoff_t last, pgoff_t *next,
-				  bool *whole)
+				  bool *straddling)
 {
 	pgoff_t low = first, high = last, end;
-	bool none_covered, all_there = true;
+	bool none_covered, all_present = true;
 	unsigned long inside = 0;
 	unsigned int i;
 
@@ -235,25 +245,25 @@ static bool devanon_remove_locked(struct address_space *mapping, struct folio **
 		struct folio *folio = folios[i];
 
 		if (folio->mapping != mapping) {
-			/* Swapped out, or a part of a huge one by now. */
-			all_there = false;
+			/* Swapped out, or collapsed into a huge folio. */
+			all_present = false;
 			continue;
 		}
 		end = folio_next_index(folio) - 1;
-		if (all_there)
+		if (all_present)
 			*next = end + 1;
 		if (folio->index < first || end > last) {
-			*whole = false;
+			*straddling = true;
 			continue;
 		}
-		/* They come in the order of their indices. */
+		/* The folios are in the order of their indices. */
 		if (!inside)
 			low = folio->index;
 		high = end;
 		inside |= BIT(i);
 	}
 
-	/* One question for all, as a rule. */
+	/* One lookup for all of them, in the common case. */
 	end = high;
 	none_covered = inside && !devanon_covered(mapping, low, end, &end) && end == high;
 
@@ -261,27 +271,27 @@ static bool devanon_remove_locked(struct address_space *mapping, struct folio **
 		struct folio *folio = folios[i];
 
 		if (inside & BIT(i)) {
-			if (none_covered || devanon_uncovered(mapping, folio, whole))
+			if (none_covered || devanon_folio_uncovered(mapping, folio, straddling))
 				generic_error_remove_folio(mapping, folio);
 		}
 		folio_unlock(folio);
 	}
 
-	return all_there;
+	return all_present;
 }
 
 /*
- * Remove from the page cache the folios from page *@first to @last that no VMA
- * covers, up to the first entry in swap. If there is one, the answer is true, and
- * *@first is its page. @whole is cleared if a folio was met, and left, that lies
- * in the range in part, or is covered in part.
+ * Remove from the page cache the folios in [*@first, @last] that no VMA covers, up
+ * to the first swap entry. If there is one, set *@first to its page and return
+ * true. Set *@straddling if a folio was left that lies only partly in the range or
+ * may be only partly covered. May sleep.
  *
- * Who covers it is asked with the folio locked: whoever maps a folio, or writes
- * to it, has it locked as well, and is in the tree before he maps it. So nobody
- * who comes in time loses it, and nobody who comes later finds it. May sleep.
+ * Coverage is rechecked with the folio locked. A mapper locks the folio after its
+ * VMA has entered the tree, so the mapper either keeps the folio or finds a hole.
+ * A writer locks the folio as well.
  */
 bool devanon_remove_uncovered(struct address_space *mapping, pgoff_t *first, pgoff_t last,
-			      bool *whole)
+			      bool *straddling)
 {
 	struct folio_batch fbatch;
 	pgoff_t index = *first;
@@ -289,23 +299,23 @@ bool devanon_remove_uncovered(struct address_space *mapping, pgoff_t *first, pgo
 	bool swapped;
 
 	folio_batch_init(&fbatch);
-	while (!(swapped = devanon_find(mapping, &index, last, &fbatch)) &&
+	while (!(swapped = devanon_find_folios(mapping, &index, last, &fbatch)) &&
 	       (nr = folio_batch_count(&fbatch))) {
 		unsigned int done = 0;
-		bool all_there;
+		bool all_present;
 
-		/* Wait for one lock, and take what can be had besides. */
+		/* Wait for the first lock, then take as many more as are free. */
 		do {
 			unsigned int locked = done;
 
 			folio_lock(fbatch.folios[locked++]);
 			while (locked < nr && folio_trylock(fbatch.folios[locked]))
 				locked++;
-			all_there = devanon_remove_locked(mapping, fbatch.folios + done,
-							  locked - done, *first, last, &index,
-							  whole);
+			all_present = devanon_remove_locked(mapping, fbatch.folios + done,
+							    locked - done, *first, last, &index,
+							    straddling);
 			done = locked;
-		} while (all_there && done < nr);
+		} while (all_present && done < nr);
 		folio_batch_release(&fbatch);
 		cond_resched_tasks_rcu_qs();
 	}

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What the driver needs of the kernel and only inline functions or macros give.
+ * What the driver needs from the kernel that only inline functions and macros
+ * provide. The unsafe side (rust/ out of tree).
  */
 #ifndef _DEVANON_HELPERS_H
 #define _DEVANON_HELPERS_H
@@ -21,6 +22,6 @@ bool devanon_covered(struct address_space *mapping, pgoff_t first, pgoff_t enoug
 bool devanon_next_page(struct address_space *mapping, bool swapped,
 		       pgoff_t *first, pgoff_t last);
 bool devanon_remove_uncovered(struct address_space *mapping, pgoff_t *first,
-			      pgoff_t last, bool *whole);
+			      pgoff_t last, bool *straddling);
 
 #endif /* _DEVANON_HELPERS_H */

@@ -1,18 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Shmem files whose operations a driver may wrap.
+//! Shmem files whose operations a driver can wrap.
 //!
-//! A [`ShmemFile`] is a file of the kernel's internal tmpfs mount. It keeps all that shmem does for
-//! its files; the driver's [`VmOperations`] stand around the three that matter to it. shmem's own
-//! tables are not exported: [`init`] makes one file, copies what shmem gave it, and puts the
-//! wrappers into the copies. The copies live in memory that is read-only once the module is loaded.
+//! The unsafe side (`rust/` out of tree): the kernel crate wraps neither `file_operations` nor
+//! `vm_operations_struct`, so their callbacks and raw pointers are handled here.
+//!
+//! A [`ShmemFile`] is a file of the kernel's internal tmpfs mount, and has all that shmem does for
+//! its files. The driver's [`VmOperations`] wrap the three VMA operations that matter to it.
+//! shmem's own operation tables are not exported: [`init`] makes one file, copies the tables that
+//! shmem gave it, and puts the wrappers into the copies, which are read-only once the module is
+//! loaded.
 //!
 //! # Lifetimes
 //!
-//! A VMA holds its file, and a file holds this module through `f_op->owner`, so no operation of a
-//! file or a VMA outlives the module. An inode can: an `O_PATH` descriptor holds one and no file.
-//! Its `i_fop` is ours as long as one of our files is open on it, so that opening it again, through
-//! `/proc/PID/fd`, gives a file that keeps the rule; the last of them puts back shmem's.
+//! A VMA holds its file, and a file holds this module through `f_op->owner`, so no file or VMA
+//! outlives the module. An inode can: an `O_PATH` descriptor holds the inode but none of our files.
+//! The inode's `i_fop` is ours while any of our files is open on it. Reopening the inode through
+//! `/proc/PID/fd` then gives a file that keeps the rule. The last file puts shmem's `i_fop` back.
 //!
 //! C headers: [`include/linux/shmem_fs.h`](srctree/include/linux/shmem_fs.h),
 //! [`include/linux/mm.h`](srctree/include/linux/mm.h).
@@ -21,7 +25,7 @@ use super::{
     bindings,
     mapping::{
         Mapping,
-        Pages, //
+        PageCounts, //
     },
     range::PageRange,
     vma::NewVma, //
@@ -56,103 +60,103 @@ use kernel::{
     ThisModule, //
 };
 
-/// Name of the files, as `/proc/PID/maps` shows it (the kernel puts a slash before it).
+/// The name of the files in `/proc/PID/maps`, where the kernel puts a slash before it.
 const NAME: &CStr = c"dev/anon";
 
 /// One more than the last page a file can have: `MAX_LFS_FILESIZE` in pages.
 const MAX_PAGES: usize = 1 << (usize::BITS - 1 - PAGE_SHIFT as u32);
 
-/// A bit set of `VM_FAULT_*`, as fault handlers return it; 0 is "done".
+/// A bit set of `VM_FAULT_*`, as returned by fault handlers; 0 means "done".
 pub(crate) type VmFault = bindings::vm_fault_t;
 
-/// What a driver does around shmem's own `vm_operations_struct`.
+/// A driver's wrappers around shmem's `vm_operations_struct`.
 pub(crate) trait VmOperations {
-    /// A mapping of the pages `range` of `file` went away; it has left the `i_mmap` tree.
+    /// A mapping of the pages `range` of `file` goes away. It has left the `i_mmap` tree.
     ///
-    /// Process context, `mmap_lock` held unless the process is exiting; may sleep.
+    /// Called in process context, with `mmap_lock` held unless the process is exiting. May sleep.
     fn close(file: &ShmemFile, range: PageRange);
 
-    /// Whether pages are to be brought in by [`Self::fault`]; if not, shmem does so with no more
-    /// ado. Asked at each fault, so it is to be quick. Must not sleep.
+    /// Returns true if a fault has to go through [`Self::fault`]. Otherwise shmem handles it
+    /// directly. Called at every fault, so it should be fast. Must not sleep.
     fn must_wait(file: &ShmemFile) -> bool;
 
-    /// A page is touched that is not mapped; `shmem_fault` brings it in.
+    /// An unmapped page is touched. `shmem_fault` brings it in.
     ///
-    /// Process context, `mmap_lock` or the lock of the VMA held for reading; may sleep.
-    /// `shmem_fault` may drop that lock.
+    /// Called in process context, with `mmap_lock` or the VMA's lock held for reading, which
+    /// `shmem_fault` may drop. May sleep.
     fn fault(file: &ShmemFile, shmem_fault: impl FnOnce() -> VmFault) -> VmFault;
 }
 
-/// shmem's operations and ours.
-struct Tables {
-    shmem_fop: *const bindings::file_operations,
-    shmem_vm: *const bindings::vm_operations_struct,
-    fop: bindings::file_operations,
-    vm: bindings::vm_operations_struct,
+/// shmem's operations, and our copies of them with the wrappers.
+struct WrappedOps {
+    shmem_fops: *const bindings::file_operations,
+    shmem_vm_ops: *const bindings::vm_operations_struct,
+    fops: bindings::file_operations,
+    vm_ops: bindings::vm_operations_struct,
 }
 
-// SAFETY: Function pointers, and pointers to constants of the kernel; nobody writes through them.
-unsafe impl Send for Tables {}
-// SAFETY: As above.
-unsafe impl Sync for Tables {}
+// SAFETY: The fields are function pointers, and pointers to constants of the kernel that nobody
+// writes through.
+unsafe impl Send for WrappedOps {}
+// SAFETY: Nobody writes to the fields, or through them, once they are set.
+unsafe impl Sync for WrappedOps {}
 
-/// Populated by [`init`], before the first file is made, and read-only from the end of the
-/// module's initialisation on.
+/// Populated by [`init`] before the first file is made. Read-only once the module is initialised.
 #[link_section = ".data..ro_after_init"]
-static TABLES: SetOnce<Tables> = SetOnce::new();
+static WRAPPED_OPS: SetOnce<WrappedOps> = SetOnce::new();
 
-/// Makes the tables of operations, with `T` around shmem's.
+/// Wraps shmem's operations in those of `T`.
 ///
-/// To be called once, from the module's `init`; may sleep. Fails with `EBUSY` if called again.
+/// Must be called once, from the module's `init`. Fails with `EBUSY` if called again. May sleep.
 pub(crate) fn init<T: VmOperations>(module: &ThisModule) -> Result {
-    let file = setup(0)?;
+    let file = new_shmem_file(0)?;
     let mut desc = bindings::vm_area_desc {
         file: file.as_ptr(),
         vm_file: file.as_ptr(),
         ..Default::default()
     };
 
-    // SAFETY: `file` is a shmem file, so its `f_op` is shmem's constant table.
-    let shmem_fop = unsafe { (*file.as_ptr()).f_op };
-    // SAFETY: As above.
-    let fop = unsafe { ptr::read(shmem_fop) };
-    let mmap_prepare = fop.mmap_prepare.ok_or(ENODEV)?;
-    // SAFETY: `.mmap_prepare` of shmem reads the file and fills in the description.
-    to_result(unsafe { mmap_prepare(&mut desc) })?;
-    let shmem_vm = NonNull::new(desc.vm_ops.cast_mut()).ok_or(ENODEV)?;
+    // SAFETY: The file is live, and `f_op` is constant in an open file.
+    let shmem_fops = unsafe { (*file.as_ptr()).f_op };
+    // SAFETY: `file` is a shmem file, so its `f_op` points to shmem's constant table.
+    let fops = unsafe { ptr::read(shmem_fops) };
+    let shmem_mmap_prepare = fops.mmap_prepare.ok_or(ENODEV)?;
+    // SAFETY: shmem's `.mmap_prepare` reads the file and fills in the description.
+    to_result(unsafe { shmem_mmap_prepare(&mut desc) })?;
+    let shmem_vm_ops = NonNull::new(desc.vm_ops.cast_mut()).ok_or(ENODEV)?;
     // SAFETY: shmem filled in a pointer to a constant table.
-    let vm = unsafe { ptr::read(shmem_vm.as_ptr()) };
-    // What is wrapped has to be there, and what is replaced must not.
-    if vm.fault.is_none()
-        || vm.map_pages.is_none()
-        || vm.close.is_some()
-        || fop.release.is_some()
-        || fop.show_fdinfo.is_some()
+    let vm_ops = unsafe { ptr::read(shmem_vm_ops.as_ptr()) };
+    // The operations to wrap must exist, and those to replace must not.
+    if vm_ops.fault.is_none()
+        || vm_ops.map_pages.is_none()
+        || vm_ops.close.is_some()
+        || fops.release.is_some()
+        || fops.show_fdinfo.is_some()
     {
         return Err(ENODEV);
     }
 
-    let populated = TABLES.populate(Tables {
-        shmem_fop,
-        shmem_vm: shmem_vm.as_ptr(),
-        fop: bindings::file_operations {
+    let populated = WRAPPED_OPS.populate(WrappedOps {
+        shmem_fops,
+        shmem_vm_ops: shmem_vm_ops.as_ptr(),
+        fops: bindings::file_operations {
             owner: module.as_ptr(),
             open: Some(open),
             release: Some(release),
-            mmap_prepare: Some(prepare),
-            // shmem's insists that a file has shmem's operations. This one aligns for huge pages
-            // as well, and is one that mremap(2) trusts to move several VMAs at once.
+            mmap_prepare: Some(mmap_prepare),
+            // shmem's insists that the file has shmem's operations. This one aligns for huge pages
+            // as well, and mremap(2) accepts it for moving several VMAs at once.
             get_unmapped_area: Some(bindings::thp_get_unmapped_area),
             show_fdinfo: Some(show_fdinfo),
-            ..fop
+            ..fops
         },
-        vm: bindings::vm_operations_struct {
+        vm_ops: bindings::vm_operations_struct {
             close: Some(close::<T>),
             fault: Some(fault::<T>),
             map_pages: Some(map_pages::<T>),
-            // userfaultfd would fill pages past `fault`, unseen by `close`.
+            // userfaultfd would fill pages without `fault`, so that `close` could not keep it out.
             uffd_ops: ptr::null(),
-            ..vm
+            ..vm_ops
         },
     });
     if populated {
@@ -162,46 +166,46 @@ pub(crate) fn init<T: VmOperations>(module: &ThisModule) -> Result {
     }
 }
 
-/// Waits until nobody uses an `i_fop` of ours that he read before the last file put back shmem's.
+/// Waits for every opener that read our `i_fop` before the last file put shmem's back.
 ///
-/// To be called from the module's exit, when no file of ours is left. May sleep, for long.
+/// Must be called from the module's exit, when none of our files is left. May sleep for long.
 pub(crate) fn exit() {
-    // `do_dentry_open()` reads `i_fop` and takes a reference on its owner right after, under no
-    // lock. It does not sleep in between, which is what RCU tasks waits for.
+    // `do_dentry_open()` reads `i_fop` and then takes a reference on its owner, without a lock but
+    // also without sleeping in between. RCU tasks waits for such a section to end.
     //
-    // SAFETY: No requirement but that it may sleep here.
+    // SAFETY: Sleeping is allowed here, which is the only requirement.
     unsafe { bindings::devanon_synchronize_rcu_tasks() };
 }
 
-/// A new shmem file of `size` bytes, with shmem's own operations.
-fn setup(size: i64) -> Result<ARef<File>> {
-    // SAFETY: `NAME` is a string that lives for ever.
+/// Makes a shmem file of `size` bytes, with shmem's own operations.
+fn new_shmem_file(size: i64) -> Result<ARef<File>> {
+    // SAFETY: `NAME` is a string of static lifetime.
     let file = unsafe { bindings::devanon_shmem_file_setup(NAME.as_char_ptr(), size) };
-    // No memory for an inode is `ENOSPC` to shmem, but nobody asked for room on a disk.
+    // shmem reports a lack of memory for the inode as `ENOSPC`, but no disk is involved here.
     let file = from_err_ptr(file).map_err(|err| if err == ENOSPC { ENOMEM } else { err })?;
     let file = NonNull::new(file).ok_or(ENOMEM)?;
 
-    // SAFETY: The file is new and the reference is ours; it is in no descriptor table, so nobody is
-    // inside `fdget_pos()` on it.
+    // SAFETY: The file is new and the reference is ours. The file is in no descriptor table, so
+    // nobody is inside `fdget_pos()` on it.
     Ok(unsafe { ARef::from_raw(file.cast()) })
 }
 
 /// A shmem file with our operations.
 ///
+/// Not a [`File`], which promises that nobody is inside `fdget_pos()`: a `write(2)` whose buffer is
+/// a mapping of the same file faults inside `fdget_pos()`. Nothing here uses `f_pos`.
+///
 /// # Invariants
 ///
-/// `f_op` is [`Tables::fop`], `f_inode` is a shmem inode, and the file is one of those counted in
-/// the inode's [`Object`].
-///
-/// Not a [`File`]: a fault may come inside `fdget_pos()`, when a `write(2)` reads its buffer from a
-/// mapping of the same file, and `File` promises that there is none. Nothing here uses `f_pos`.
+/// `f_op` is [`WrappedOps::fops`], `f_inode` is a shmem inode, and the inode's [`InodeState`]
+/// counts the file.
 #[repr(transparent)]
 pub(crate) struct ShmemFile(Opaque<bindings::file>);
 
-// SAFETY: The reference count is the file's own.
+// SAFETY: `get_file()` and `fput()` count references to the file, which lives until the last.
 unsafe impl AlwaysRefCounted for ShmemFile {
     fn inc_ref(&self) {
-        // SAFETY: A reference to `self` proves that the count is not 0.
+        // SAFETY: A reference to `self` means that the count is not 0.
         unsafe { bindings::get_file(self.as_ptr()) };
     }
 
@@ -212,51 +216,51 @@ unsafe impl AlwaysRefCounted for ShmemFile {
 }
 
 impl ShmemFile {
-    /// A file for mapping only, as large as files can be. May sleep.
+    /// Makes a file that is only to be mapped, as large as files can be. May sleep.
     pub(crate) fn new_unlimited() -> Result<ARef<Self>> {
         Self::new(i64::MAX, true)
     }
 
-    /// A file of size 0 for all that regular files are for, like one of `memfd_create(2)`.
+    /// Makes a file of size 0 for everything that regular files can do, like `memfd_create(2)`.
     ///
     /// May sleep.
     pub(crate) fn new_seekable() -> Result<ARef<File>> {
         let file = Self::new(0, false)?;
 
-        // SAFETY: Nobody else has the file yet, so nobody else looks at its modes.
+        // SAFETY: Nobody else has the file yet, so nobody else reads its modes.
         unsafe { bindings::devanon_file_set_seekable(file.as_ptr()) };
-        // SAFETY: Both are transparent over `struct file`; the reference is passed on. Nobody else
-        // has the file, so nobody is inside `fdget_pos()` on it.
+        // SAFETY: Both types are transparent over `struct file`, and the reference moves along.
+        // Nobody else has the file, so nobody is inside `fdget_pos()` on it.
         Ok(unsafe { ARef::from_raw(ARef::into_raw(file).cast()) })
     }
 
     fn new(size: i64, only_mapped: bool) -> Result<ARef<Self>> {
-        let tables = TABLES.as_ref().ok_or(ENXIO)?;
-        let object = KBox::new(Object::new(only_mapped), GFP_KERNEL_ACCOUNT)?;
-        let file = setup(size)?;
+        let ops = WRAPPED_OPS.as_ref().ok_or(ENXIO)?;
+        let state = KBox::new(InodeState::new(only_mapped), GFP_KERNEL_ACCOUNT)?;
+        let file = new_shmem_file(size)?;
         let raw = file.as_ptr();
 
-        // SAFETY: We are called from a file operation of this module's device, which holds the
-        // module, so there is a reference to add to. The last `fput()` drops it: it finds the
-        // module in `f_op->owner`.
-        unsafe { bindings::__module_get(tables.fop.owner) };
-        // SAFETY: The file, its dentry and its inode are new: nobody else looks at these fields.
+        // SAFETY: We are called from a file operation of this module's device, which already holds
+        // a reference to the module. The last `fput()` drops the one taken here, by way of
+        // `f_op->owner`.
+        unsafe { bindings::__module_get(ops.fops.owner) };
+        // SAFETY: The file, its dentry and its inode are new: nobody else accesses these fields.
         unsafe {
-            *object_slot(raw) = KBox::into_raw(object).cast();
-            (*(*raw).f_inode).__bindgen_anon_3.i_fop = &tables.fop;
-            (*raw).f_op = &tables.fop;
+            *state_slot(raw) = KBox::into_raw(state).cast();
+            (*(*raw).f_inode).__bindgen_anon_3.i_fop = &ops.fops;
+            (*raw).f_op = &ops.fops;
         }
-        // INVARIANT: `f_op` was set above, and an object starts out with one file counted.
-        // SAFETY: Both are transparent over `struct file`; the reference is passed on.
+        // INVARIANT: `f_op` was set above, and a new state counts one file.
+        // SAFETY: Both types are transparent over `struct file`, and the reference moves along.
         Ok(unsafe { ARef::from_raw(ARef::into_raw(file).cast()) })
     }
 
     /// # Safety
     ///
-    /// `ptr` has our operations, and is referenced for `'a`.
+    /// `ptr` must be a file that has our operations, is counted, and is referenced for `'a`.
     unsafe fn from_raw<'a>(ptr: *mut bindings::file) -> &'a Self {
         // SAFETY: `Self` is transparent over `struct file`.
-        // INVARIANT: Our operations are given to files of shmem inodes only, once they are counted.
+        // INVARIANT: The caller vouches for it; only files of shmem inodes have our operations.
         unsafe { &*ptr.cast() }
     }
 
@@ -264,21 +268,21 @@ impl ShmemFile {
         self.0.get()
     }
 
-    fn object(&self) -> &Object {
-        // SAFETY: By the type invariant this file is counted, so the object is there as long as the
-        // file. Only atomics of it are written.
-        unsafe { &*(*object_slot(self.as_ptr())).cast() }
+    fn state(&self) -> &InodeState {
+        // SAFETY: By the type invariant the state counts this file, so it lives as long as the
+        // file. All its fields are atomics.
+        unsafe { &*(*state_slot(self.as_ptr())).cast() }
     }
 
-    /// The file's pages.
+    /// The file's page cache.
     pub(crate) fn mapping(&self) -> &Mapping {
-        // SAFETY: By the type invariant the inode is one of shmem, and the file holds it.
+        // SAFETY: By the type invariant the inode is a shmem inode, and the file holds it.
         unsafe { Mapping::from_raw((*self.as_ptr()).f_mapping) }
     }
 
-    /// Makes `vma`, which is being mapped for another file, a mapping of this one.
+    /// Turns `vma`, which is being mapped for another file, into a mapping of this one.
     ///
-    /// Fails with `EOVERFLOW` if it goes beyond what a file can hold.
+    /// Fails with `EOVERFLOW` if it extends beyond the largest possible file.
     #[cfg(not(devanon_mmap_prepare))]
     pub(crate) fn map(&self, vma: &NewVma) -> Result {
         let vma = vma.as_ptr();
@@ -288,18 +292,20 @@ impl ShmemFile {
             return Err(EOVERFLOW);
         }
 
-        // SAFETY: A `NewVma` is under `mmap_lock` held for writing and seen by nobody else, as
-        // `vma_set_file()` asks. It swaps the VMA's reference to its file for one to ours.
+        // SAFETY: A `NewVma` is under `mmap_lock` held for writing and not in use yet, as
+        // `vma_set_file()` requires. It swaps the VMA's reference to its file for one to ours.
         unsafe { bindings::vma_set_file(vma, self.as_ptr()) };
-        // SAFETY: As above; `compat_vma_mmap()` is there to be called from `.mmap`, for a file that
-        // has `.mmap_prepare`.
+        // SAFETY: A `NewVma` is a live VMA in a call of `.mmap`. `compat_vma_mmap()` is meant to be
+        // called from there, for a file that has `.mmap_prepare`.
         to_result(unsafe { bindings::compat_vma_mmap(self.as_ptr(), vma) })
     }
 
-    /// The same, for a VMA that is not made yet.
+    /// Turns `vma`, which is not allocated yet, into a mapping of this file.
+    ///
+    /// Fails with `EOVERFLOW` if it extends beyond the largest possible file.
     #[cfg(devanon_mmap_prepare)]
     pub(crate) fn map(&self, vma: &NewVma) -> Result {
-        // SAFETY: By its type invariant the description is ours to read and change in this call.
+        // SAFETY: By the type invariant the description is ours to read and change in this call.
         let desc = unsafe { &mut *vma.as_ptr() };
         let pages = (desc.end - desc.start) >> PAGE_SHIFT;
 
@@ -312,59 +318,59 @@ impl ShmemFile {
         }
 
         let device = core::mem::replace(&mut desc.file, self.as_ptr());
-        // SAFETY: The description is now one for this file, which has our operations.
-        let ret = unsafe { prepare(desc) };
+        // SAFETY: The description is now that of a mapping of this file, which has our operations.
+        let ret = unsafe { mmap_prepare(desc) };
         desc.file = device;
         to_result(ret)?;
-        // The mm drops this reference with the VMA, or if none is made after all.
+        // The mm drops this reference with the VMA, or at once if it makes none.
         desc.vm_file = ARef::into_raw(ARef::from(self)).as_ptr().cast();
         Ok(())
     }
 
-    /// Whether every page there is came by a mapping: there was never a descriptor to write one
-    /// with. Holds as long as `invalidate_lock` is held.
+    /// Returns true if every page of the file came from a mapping, because no descriptor has ever
+    /// existed to write one with. A true answer stays correct while `invalidate_lock` is held.
     pub(crate) fn is_only_mapped(&self) -> bool {
-        self.object().only_mapped.load(Relaxed)
+        self.state().only_mapped.load(Relaxed)
     }
 
-    /// Counts `pages` pages as freed because their last mapping went away.
+    /// Adds `pages` to the count of pages freed because their last mapping went away.
     pub(crate) fn add_freed(&self, pages: usize) {
-        self.object().freed.fetch_add(pages as u64, Relaxed);
+        self.state().freed.fetch_add(pages as u64, Relaxed);
     }
 
-    /// Has shmem count the pages that are left, and give back the rest of what it charged. May
+    /// Makes shmem recount the remaining pages and give back what it charged for the others. May
     /// sleep.
     ///
-    /// Under `mmap_lock` and `invalidate_lock`: shmem's `getattr` takes a spinlock of its own, and
-    /// must not take `i_rwsem`.
+    /// Called under `mmap_lock` and `invalidate_lock`: shmem's `getattr` takes a spinlock of its
+    /// own, and must not take `i_rwsem`.
     pub(crate) fn recount(&self) {
-        // SAFETY: The file is live, and one of shmem. No spinlock is held.
+        // SAFETY: The file is a live shmem file. No spinlock is held.
         unsafe { bindings::devanon_shmem_recount(self.as_ptr()) };
     }
 
     /// Writes the lines of `/proc/PID/fdinfo/N`.
     pub(crate) fn show_fdinfo(&self, m: &SeqFile) {
         let mapping = self.mapping();
-        let freed = self.object().freed.load(Relaxed);
+        let freed = self.state().freed.load(Relaxed);
 
-        show_lines(m, mapping.size(), mapping.pages(), freed);
+        show_lines(m, mapping.size(), mapping.page_counts(), freed);
     }
 }
 
-/// What is kept for an inode of ours while files of ours are open on it.
+/// The driver's state of an inode while any of our files is open on it.
 ///
-/// The inode's only dentry points here, with `d_fsdata`, which shmem uses for entries of
-/// directories only.
-struct Object {
-    /// The files. Changed under the inode's `i_lock`; the object goes with the last of them.
+/// `d_fsdata` of the inode's only dentry points here. shmem uses that field only for directory
+/// entries.
+struct InodeState {
+    /// The number of our files. Changed under the inode's `i_lock`. The last file frees the state.
     files: Atomic<usize>,
-    /// Pages freed because their last mapping went away, so far.
+    /// Pages freed so far because their last mapping went away.
     freed: Atomic<u64>,
-    /// The file was made for mapping only, and never opened again.
+    /// True if the file was made only to be mapped, and was never reopened.
     only_mapped: Atomic<bool>,
 }
 
-impl Object {
+impl InodeState {
     fn new(only_mapped: bool) -> Self {
         Self {
             files: Atomic::new(1),
@@ -374,52 +380,53 @@ impl Object {
     }
 }
 
-/// Where the pointer to the [`Object`] is.
+/// The field that points to the [`InodeState`].
 ///
 /// # Safety
 ///
-/// `file` is a file of a shmem inode.
-unsafe fn object_slot(file: *mut bindings::file) -> *mut *mut Object {
-    // SAFETY: A file holds its dentry. The path of a file never changes.
+/// `file` must be a live file of a shmem inode.
+unsafe fn state_slot(file: *mut bindings::file) -> *mut *mut InodeState {
+    // SAFETY: The file holds its dentry, and its path never changes.
     unsafe { (&raw mut (*(*file).__bindgen_anon_1.f_path.dentry).d_fsdata).cast() }
 }
 
-/// `f_op->open`: somebody opens an inode of ours again, by way of `/proc`.
+/// `f_op->open`: an inode of ours is reopened through `/proc`.
 ///
 /// # Safety
 ///
-/// Called by the VFS for a file that has our operations.
+/// `file` must be a file that has our operations, and that is being opened on the shmem inode
+/// `inode`.
 unsafe extern "C" fn open(inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
-    let Some(tables) = TABLES.as_ref() else {
+    let Some(ops) = WRAPPED_OPS.as_ref() else {
         return ENXIO.to_errno();
     };
-    // SAFETY: `shmem_fop` is a constant of the kernel, and the inode is one of shmem.
-    if let Some(shmem_open) = unsafe { (*tables.shmem_fop).open } {
-        // SAFETY: As above.
+    // SAFETY: `shmem_fops` points to a constant of the kernel.
+    if let Some(shmem_open) = unsafe { (*ops.shmem_fops).open } {
+        // SAFETY: The inode is a shmem inode, and the file is being opened on it.
         let ret = unsafe { shmem_open(inode, file) };
         if ret != 0 {
             return ret;
         }
     }
 
-    // SAFETY: The inode is held by the file. Under `i_lock` the object, if the pointer is there, is
-    // there as well: `release` takes both away under the same lock.
+    // SAFETY: The file holds the inode. If the pointer to the state is not null under `i_lock`, the
+    // state is live: `release` clears the pointer under the same lock, before it frees the state.
     unsafe {
         bindings::spin_lock(&raw mut (*inode).i_lock);
-        let object = (*object_slot(file)).as_ref();
-        if let Some(object) = object {
-            object.files.fetch_add(1, Relaxed);
-            object.only_mapped.store(false, Relaxed);
+        let state = (*state_slot(file)).as_ref();
+        if let Some(state) = state {
+            state.files.fetch_add(1, Relaxed);
+            state.only_mapped.store(false, Relaxed);
         }
         bindings::spin_unlock(&raw mut (*inode).i_lock);
-        if object.is_none() {
-            // The last file went away after `i_fop` was read for this one.
+        if state.is_none() {
+            // The last file went away after this open had read `i_fop`.
             return ENXIO.to_errno();
         }
     }
-    // SAFETY: The file has our operations, is held, and is counted by now.
+    // SAFETY: The file has our operations, is held, and has just been counted.
     let file = unsafe { ShmemFile::from_raw(file) };
-    // Who frees pages and does not know yet is done before anything is written.
+    // A closer that saw `only_mapped` still set finishes before anything can be written.
     drop(file.mapping().invalidate_lock());
     0
 }
@@ -428,54 +435,56 @@ unsafe extern "C" fn open(inode: *mut bindings::inode, file: *mut bindings::file
 ///
 /// # Safety
 ///
-/// Called by the VFS, once, for a file that has our operations and was opened.
+/// `file` must be a file of `inode` that has our operations, is counted, and is not used after
+/// this.
 unsafe extern "C" fn release(inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
-    let Some(tables) = TABLES.as_ref() else {
+    let Some(ops) = WRAPPED_OPS.as_ref() else {
         return 0;
     };
 
-    // SAFETY: This file is still counted, so the object is there. `i_lock` orders the change of
-    // count, pointer and `i_fop` against `open` and against other files' `release`.
+    // SAFETY: This file is still counted, so the state is live. `i_lock` orders the changes of
+    // count, pointer and `i_fop` against `open`, and against `release` of other files.
     let last = unsafe {
-        let slot = object_slot(file);
-        let object = *slot;
+        let slot = state_slot(file);
+        let state = *slot;
 
         bindings::spin_lock(&raw mut (*inode).i_lock);
-        let last = (*object).files.fetch_add(usize::MAX, Relaxed) == 1;
+        let last = (*state).files.fetch_add(usize::MAX, Relaxed) == 1;
         if last {
             *slot = ptr::null_mut();
-            (&raw mut (*inode).__bindgen_anon_3.i_fop).write_volatile(tables.shmem_fop);
+            (&raw mut (*inode).__bindgen_anon_3.i_fop).write_volatile(ops.shmem_fops);
         }
         bindings::spin_unlock(&raw mut (*inode).i_lock);
-        last.then_some(object)
+        last.then_some(state)
     };
-    if let Some(object) = last {
-        // SAFETY: It came from `KBox::into_raw`, and with the pointer gone and no file left nobody
-        // can find it any more.
-        drop(unsafe { KBox::from_raw(object) });
+    if let Some(state) = last {
+        // SAFETY: The state came from `KBox::into_raw`. The pointer to it is cleared and no file is
+        // left, so nobody can find it any more.
+        drop(unsafe { KBox::from_raw(state) });
     }
     0
 }
 
-/// `f_op->mmap_prepare`: shmem's, then our `vm_ops` in place of its own.
+/// `f_op->mmap_prepare`: calls shmem's, then replaces its `vm_ops` by ours.
 ///
 /// # Safety
 ///
-/// Called by the mm for a file that has our operations.
-unsafe extern "C" fn prepare(desc: *mut bindings::vm_area_desc) -> c_int {
-    let Some(tables) = TABLES.as_ref() else {
+/// `desc` must be the description, valid and ours during the call, of a mapping of a file that has
+/// our operations.
+unsafe extern "C" fn mmap_prepare(desc: *mut bindings::vm_area_desc) -> c_int {
+    let Some(ops) = WRAPPED_OPS.as_ref() else {
         return ENXIO.to_errno();
     };
-    // SAFETY: `shmem_fop` is a constant of the kernel.
-    let Some(shmem_prepare) = (unsafe { (*tables.shmem_fop).mmap_prepare }) else {
+    // SAFETY: `shmem_fops` points to a constant of the kernel.
+    let Some(shmem_mmap_prepare) = (unsafe { (*ops.shmem_fops).mmap_prepare }) else {
         return ENODEV.to_errno();
     };
 
-    // SAFETY: The caller's description, for a file of a shmem inode.
-    let ret = unsafe { shmem_prepare(desc) };
+    // SAFETY: The caller vouches for the description. Its file is that of a shmem inode.
+    let ret = unsafe { shmem_mmap_prepare(desc) };
     if ret == 0 {
-        // SAFETY: The description is ours to change in this call.
-        unsafe { (*desc).vm_ops = &tables.vm };
+        // SAFETY: The description is ours to change during this call.
+        unsafe { (*desc).vm_ops = &ops.vm_ops };
     }
     ret
 }
@@ -484,18 +493,19 @@ unsafe extern "C" fn prepare(desc: *mut bindings::vm_area_desc) -> c_int {
 ///
 /// # Safety
 ///
-/// Called by procfs for a file that has our operations, which it holds.
+/// `file` must be a counted file that has our operations, and `m` a seq_file that nobody else uses.
+/// Both must stay valid during the call.
 unsafe extern "C" fn show_fdinfo(m: *mut bindings::seq_file, file: *mut bindings::file) {
-    // SAFETY: The file has our operations and is held; `m` is this call's alone.
+    // SAFETY: The caller vouches for both the file and `m`.
     unsafe { ShmemFile::from_raw(file).show_fdinfo(SeqFile::from_raw(m)) }
 }
 
-/// The lines of `/proc/PID/fdinfo/N` where [`ShmemFile::new_unlimited`] was not called yet.
-pub(crate) fn show_fdinfo_of_none(m: &SeqFile) {
-    show_lines(m, i64::MAX as u64, Pages::default(), 0);
+/// Writes the lines of `/proc/PID/fdinfo/N` before [`ShmemFile::new_unlimited`] has made a file.
+pub(crate) fn show_fdinfo_without_file(m: &SeqFile) {
+    show_lines(m, i64::MAX as u64, PageCounts::default(), 0);
 }
 
-fn show_lines(m: &SeqFile, size: u64, pages: Pages, freed: u64) {
+fn show_lines(m: &SeqFile, size: u64, pages: PageCounts, freed: u64) {
     seq_print!(m, "anon-size:\t{}\n", size);
     seq_print!(m, "anon-resident:\t{}\n", pages.resident);
     seq_print!(m, "anon-swapped:\t{}\n", pages.swapped);
@@ -506,11 +516,11 @@ fn show_lines(m: &SeqFile, size: u64, pages: Pages, freed: u64) {
 ///
 /// # Safety
 ///
-/// `vma` is live, and does not change during the call.
+/// `vma` must be live, and must not change during the call.
 unsafe fn vma_range(vma: *mut bindings::vm_area_struct) -> Option<PageRange> {
     let (mut first, mut last) = (0, 0);
 
-    // SAFETY: The caller's VMA, and results that are ours to write.
+    // SAFETY: The caller vouches for the VMA, and the results are ours to write.
     unsafe { bindings::devanon_vma_range(vma, &mut first, &mut last) };
     PageRange::new(first, last)
 }
@@ -519,10 +529,11 @@ unsafe fn vma_range(vma: *mut bindings::vm_area_struct) -> Option<PageRange> {
 ///
 /// # Safety
 ///
-/// Called by the mm for a VMA that has our operations, and has left its file's `i_mmap` tree.
+/// `vma` must have our operations, have left its file's `i_mmap` tree, and not be used by anybody
+/// else during the call.
 unsafe extern "C" fn close<T: VmOperations>(vma: *mut bindings::vm_area_struct) {
-    // SAFETY: A VMA on its way out belongs to its remover; it still holds its file, and it has our
-    // operations because its file has.
+    // SAFETY: Nobody else uses the VMA. It still holds its file, which has our operations because
+    // the VMA has them.
     let (file, range) = unsafe { (ShmemFile::from_raw((*vma).vm_file), vma_range(vma)) };
 
     if let Some(range) = range {
@@ -534,27 +545,27 @@ unsafe extern "C" fn close<T: VmOperations>(vma: *mut bindings::vm_area_struct) 
 ///
 /// # Safety
 ///
-/// Called by the mm for a VMA that has our operations, under a lock that keeps it.
+/// `vmf` must describe a fault of a VMA that has our operations, under a lock that keeps the VMA.
 unsafe extern "C" fn fault<T: VmOperations>(vmf: *mut bindings::vm_fault) -> VmFault {
-    // SAFETY: `vmf` is the mm's, and its VMA is kept for now, which holds its file.
-    let (file, shmem_vm) = unsafe {
+    // SAFETY: The caller vouches for `vmf`. A lock keeps the VMA for now, and the VMA its file.
+    let (file, shmem_vm_ops) = unsafe {
         let file = (*(*vmf).__bindgen_anon_1.vma).vm_file;
-        (file, shmem_vm(file))
+        (file, shmem_vm_ops(file))
     };
-    let Some(shmem_fault) = shmem_vm.fault else {
+    let Some(shmem_fault) = shmem_vm_ops.fault else {
         return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
     };
-    // SAFETY: shmem's handler, for a VMA of a shmem file, called as the mm called us.
+    // SAFETY: This is shmem's handler for a VMA of a shmem file, called just as the mm called us.
     let shmem_fault = || unsafe { shmem_fault(vmf) };
 
-    // SAFETY: The file has our operations, and is held for now.
+    // SAFETY: The file has our operations, and the VMA holds it for now.
     if !T::must_wait(unsafe { ShmemFile::from_raw(file) }) {
         return shmem_fault();
     }
-    // shmem may drop the lock that keeps the VMA, and thereby the file: when a hole is being
-    // punched where we fault. `T` locks the file around shmem, so it needs a reference of its own.
+    // If a hole is being punched where we fault, shmem may drop the lock that keeps the VMA, and
+    // with it the file. `T` locks the file around shmem, so it needs a reference of its own.
     //
-    // SAFETY: As above.
+    // SAFETY: The file has our operations. The VMA holds it, as shmem has not dropped the lock yet.
     let file = ARef::from(unsafe { ShmemFile::from_raw(file) });
     T::fault(&file, shmem_fault)
 }
@@ -563,26 +574,27 @@ unsafe extern "C" fn fault<T: VmOperations>(vmf: *mut bindings::vm_fault) -> VmF
 ///
 /// # Safety
 ///
-/// Called by the mm for a VMA that has our operations, under a lock that keeps it, and under RCU.
+/// `vmf` must describe a fault of a VMA that has our operations, under RCU and under a lock that
+/// keeps the VMA.
 unsafe extern "C" fn map_pages<T: VmOperations>(
     vmf: *mut bindings::vm_fault,
     first: c_ulong,
     last: c_ulong,
 ) -> VmFault {
-    // SAFETY: `vmf` is the mm's, and its VMA is kept, which holds its file.
-    let (file, shmem_vm) = unsafe {
+    // SAFETY: The caller vouches for `vmf`. A lock keeps the VMA, and the VMA its file.
+    let (file, shmem_vm_ops) = unsafe {
         let file = (*(*vmf).__bindgen_anon_1.vma).vm_file;
-        (ShmemFile::from_raw(file), shmem_vm(file))
+        (ShmemFile::from_raw(file), shmem_vm_ops(file))
     };
-    let Some(shmem_map_pages) = shmem_vm.map_pages else {
+    let Some(shmem_map_pages) = shmem_vm_ops.map_pages else {
         return 0;
     };
 
-    // The mm calls `fault` next.
+    // If this maps nothing, the mm calls `fault` next.
     if T::must_wait(file) {
         return 0;
     }
-    // SAFETY: shmem's handler, for a VMA of a shmem file, called as the mm called us.
+    // SAFETY: This is shmem's handler for a VMA of a shmem file, called just as the mm called us.
     unsafe { shmem_map_pages(vmf, first, last) }
 }
 
@@ -590,10 +602,10 @@ unsafe extern "C" fn map_pages<T: VmOperations>(
 ///
 /// # Safety
 ///
-/// `file` has our operations.
-unsafe fn shmem_vm(file: *mut bindings::file) -> &'static bindings::vm_operations_struct {
-    // SAFETY: The file's operations are those in `TABLES`, of which there is one, and which is not
-    // written again. (A VMA's need not be: a filesystem that passes its mappings on to our file may
-    // copy them.) What they name as shmem's is a constant of the kernel.
-    unsafe { &*(*container_of!((*file).f_op, Tables, fop)).shmem_vm }
+/// `file` must be live and have our operations.
+unsafe fn shmem_vm_ops(file: *mut bindings::file) -> &'static bindings::vm_operations_struct {
+    // SAFETY: The file's operations are embedded in `WRAPPED_OPS`, the only `WrappedOps`, which is
+    // not written again. (A VMA's operations need not be: a filesystem that passes its mappings on
+    // to our file may copy them.) `shmem_vm_ops` points to a constant of the kernel.
+    unsafe { &*(*container_of!((*file).f_op, WrappedOps, fops)).shmem_vm_ops }
 }

@@ -1,25 +1,29 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A mapping in the making: what `mmap(2)` of the device is given.
+//! A mapping being created: the argument of the device's `mmap(2)` hook.
 //!
-//! Either way the device puts another file in place of its own. With `f_op->mmap_prepare` the mm
-//! asks before it looks for neighbours to merge with, so adjacent mappings become one VMA, as those
-//! of tmpfs do. But a kernel without the fix of `patches/host` then leaks a reference to that file
-//! for every mapping that merges. `f_op->mmap` asks once the VMA is made, and nothing merges.
+//! The unsafe side (`rust/` out of tree): the kernel crate wraps the VMA that `f_op->mmap` gets,
+//! but not the description that `f_op->mmap_prepare` gets.
 //!
-//! `Kbuild` decides, by `DEVANON_MMAP_PREPARE`.
+//! Either hook replaces the device's file by another. The mm calls `f_op->mmap_prepare` before it
+//! looks for neighbours to merge with, so adjacent mappings become one VMA, as on tmpfs. But a
+//! kernel without the fix in `patches/host` then leaks a reference to the new file for every
+//! mapping that merges. The mm calls `f_op->mmap` after it has allocated the VMA, and nothing
+//! merges.
+//!
+//! `DEVANON_MMAP_PREPARE` in `Kbuild` selects the hook.
 //!
 //! C header: [`include/linux/mm_types.h`](srctree/include/linux/mm_types.h).
 
-/// A VMA that nobody has seen yet.
+/// A VMA that is not in use yet.
 #[cfg(not(devanon_mmap_prepare))]
 pub(crate) use kernel::mm::virt::VmaNew as NewVma;
 
-/// A `struct vm_area_desc`: what is to become a VMA, or a part of one.
+/// A `struct vm_area_desc`: describes what becomes a VMA, or a part of one.
 ///
 /// # Invariants
 ///
-/// It belongs to a call of `f_op->mmap_prepare` that is under way.
+/// The description belongs to a call of `f_op->mmap_prepare` that is in progress.
 #[cfg(devanon_mmap_prepare)]
 #[repr(transparent)]
 pub(crate) struct NewVma(kernel::types::Opaque<super::bindings::vm_area_desc>);
@@ -28,10 +32,10 @@ pub(crate) struct NewVma(kernel::types::Opaque<super::bindings::vm_area_desc>);
 impl NewVma {
     /// # Safety
     ///
-    /// `desc` is what the mm calls `f_op->mmap_prepare` with, and that call lasts for `'a`.
+    /// `desc` must be the argument of a call of `f_op->mmap_prepare` that lasts for `'a`.
     pub(super) unsafe fn from_raw<'a>(desc: *mut super::bindings::vm_area_desc) -> &'a Self {
         // SAFETY: `Self` is transparent over an `Opaque`, and the caller vouches for the pointee.
-        // INVARIANT: So does the caller for the call.
+        // INVARIANT: The caller vouches for the call too.
         unsafe { &*desc.cast() }
     }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Trouble for the tests of the harness (tests/vm/tests) to find: no kernel
- * makes it to order. Never installed.
+ * Planted bugs for the harness's own tests (tests/vm/tests) to detect, because
+ * a working kernel has none to offer. Never installed.
  */
 
 #include <linux/debug_locks.h>
@@ -15,43 +15,43 @@
 
 static bool warn;
 module_param(warn, bool, 0);
-MODULE_PARM_DESC(warn, "a WARN()");
+MODULE_PARM_DESC(warn, "trigger a WARN()");
 
 static bool hang;
 module_param(hang, bool, 0);
-MODULE_PARM_DESC(hang, "a minute in uninterruptible sleep");
+MODULE_PARM_DESC(hang, "sleep uninterruptibly for a minute (hung task)");
 
 static bool uaf;
 module_param(uaf, bool, 0);
-MODULE_PARM_DESC(uaf, "a read of freed memory (KASAN)");
+MODULE_PARM_DESC(uaf, "read freed memory (KASAN)");
 
 static bool inversion;
 module_param(inversion, bool, 0);
-MODULE_PARM_DESC(inversion, "two mutexes, taken in both orders (lockdep)");
+MODULE_PARM_DESC(inversion, "take two mutexes in both orders (lockdep)");
 
 static bool atomic;
 module_param(atomic, bool, 0);
-MODULE_PARM_DESC(atomic, "a mutex, taken under a spinlock (DEBUG_ATOMIC_SLEEP)");
+MODULE_PARM_DESC(atomic, "take a mutex under a spinlock (DEBUG_ATOMIC_SLEEP)");
 
 static bool leak;
 module_param(leak, bool, 0);
-MODULE_PARM_DESC(leak, "memory that nobody has a pointer to (kmemleak)");
+MODULE_PARM_DESC(leak, "leak memory (kmemleak)");
 
 static bool list;
 module_param(list, bool, 0);
-MODULE_PARM_DESC(list, "an entry added where none belongs (DEBUG_LIST)");
+MODULE_PARM_DESC(list, "corrupt a list (DEBUG_LIST)");
 
 static bool bounds;
 module_param(bounds, bool, 0);
-MODULE_PARM_DESC(bounds, "an index past the end of an array (UBSAN)");
+MODULE_PARM_DESC(bounds, "index past the end of an array (UBSAN)");
 
 static bool race;
 module_param(race, bool, 0);
-MODULE_PARM_DESC(race, "a variable that two threads count up (KCSAN)");
+MODULE_PARM_DESC(race, "increment a variable in two threads (KCSAN)");
 
 static bool blind;
 module_param(blind, bool, 0);
-MODULE_PARM_DESC(blind, "lockdep turned off without a word");
+MODULE_PARM_DESC(blind, "turn lockdep off silently");
 
 static DEFINE_MUTEX(mutex_a);
 static DEFINE_MUTEX(mutex_b);
@@ -88,7 +88,7 @@ static void plant_atomic(void)
 	spin_unlock(&lock);
 }
 
-/* Several: a stale pointer somewhere may hide one. */
+/* Leak several: a stale pointer somewhere may hide one. */
 static void plant_leak(void)
 {
 	for (int i = 0; i < 10; i++)
@@ -101,7 +101,7 @@ static void plant_list(void)
 	LIST_HEAD(head);
 	LIST_HEAD(stray);
 
-	/* Between two that are no neighbours. */
+	/* Add an entry between two that are not neighbours. */
 	__list_add(&stray, &head, &stray);
 }
 
@@ -145,7 +145,7 @@ static int __init plant_init(void)
 	WARN(warn, "planted\n");
 	if (hang)
 		msleep(60 * MSEC_PER_SEC);
-	/* Before KASAN reports: that turns lockdep off. */
+	/* Before KASAN's report, which turns lockdep off. */
 	if (inversion)
 		plant_inversion();
 	if (atomic)
@@ -166,5 +166,5 @@ static int __init plant_init(void)
 }
 module_init(plant_init);
 
-MODULE_DESCRIPTION("Planted trouble");
+MODULE_DESCRIPTION("Planted bugs for the tests of the harness");
 MODULE_LICENSE("GPL");

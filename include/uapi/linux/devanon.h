@@ -12,9 +12,9 @@
 #include <linux/types.h>
 
 /*
- * Version of this header. It grows by one with every addition; nothing is ever
- * taken away or given a new meaning. It says what a program was compiled with.
- * What the driver knows, the errors below tell.
+ * Version of this header. Every addition increments it; nothing is ever removed
+ * or given a new meaning. It tells what a program was compiled with. The errors
+ * below tell what the driver supports.
  */
 #define DEVANON_UAPI_VERSION	1
 
@@ -34,21 +34,21 @@ struct devanon_new {
 /*
  * DEVANON_IOC_NEW - make a new anonymous file
  *
- * The file is like one of memfd_create(2): readable and writable, of size 0,
+ * The file is like that of memfd_create(2): readable and writable, of size 0,
  * for read(2), write(2), lseek(2), ftruncate(2), fallocate(2), fstat(2) and
- * mmap(2). It cannot be executed (PROT_EXEC mappings can) nor sealed. Unlike a
- * memfd's, a page of it is freed, and its data lost, when the last mapping that
- * covers it goes away. Data that was only ever written with write(2) stays
+ * mmap(2). It can be neither executed (PROT_EXEC mappings can) nor sealed.
+ * Unlike with a memfd, a page is freed, and its data lost, when the last mapping
+ * that covers it goes away. Data that was only ever written with write(2) stays
  * until it is mapped and unmapped, or the file goes away.
  *
- * Any descriptor of /dev/anon will do. The new file shares nothing with it and
- * outlives it.
+ * Any descriptor of /dev/anon will do. The new file shares nothing with it, and
+ * may outlive it.
  *
  * Returns the new descriptor, or -1 and errno:
  *   EFAULT  the argument cannot be read
  *   EINVAL  an unknown flag, or reserved is not 0
- *   EMFILE, ENFILE  no descriptor or no file left
- *   ENOMEM  no memory
+ *   EMFILE, ENFILE  too many descriptors or files are open
+ *   ENOMEM  out of memory
  *   ENOTTY  the driver does not know this command
  */
 #define DEVANON_IOC_NEW		_IOW(0xDA, 0x01, struct devanon_new)
