@@ -41,7 +41,7 @@ struct Args {
     /// the machine
     #[arg(long)]
     here: bool,
-    /// For kernel and ubd: also run what `make test` leaves to `make test-all`
+    /// For kernel and ubd: also run what `make test` leaves to `make test-all`, and some tests for longer
     #[arg(long)]
     more: bool,
     /// For tests: run only those whose name contains this

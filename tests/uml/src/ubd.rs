@@ -51,6 +51,8 @@ struct State {
     /// Run on the machine itself, where guests are many times faster: on memfds, and without changing
     /// the machine.
     here: bool,
+    /// With what `make test` leaves to `make test-all`.
+    more: bool,
     /// Checksum of the image before any guest ran.
     sum: String,
 }
@@ -168,7 +170,13 @@ pub fn run(long: bool, here: bool, more: bool, only: Option<&str>) -> bool {
         ktap::select(TESTS, here, more)
     };
     let prepared = if here { mount_room() } else { prepare() };
-    prepared && ktap::run(&tests, only, &mut State { long, here, sum })
+    let state = State {
+        long,
+        here,
+        more,
+        sum,
+    };
+    prepared && ktap::run(&tests, only, &mut { state })
 }
 
 fn output(program: &str, arguments: &[&str]) -> Result<(i32, String)> {
@@ -475,6 +483,17 @@ const ALL_WORDS: &[&str] = &[
     "press 10",
     "node 1000000",
 ];
+/// The same for `make test`.
+const SHORT_WORDS: &[&str] = &[
+    "cut 3",
+    "write 5",
+    "watch 3",
+    "direct 3",
+    "poke 3",
+    "exec 5",
+    "press 5",
+    "node 1000000",
+];
 /// The words that depend on how processes map memory.
 const MAPPING_WORDS: &[&str] = &["write 5", "watch 5", "poke 3"];
 
@@ -482,6 +501,7 @@ fn words_for(state: &State, short: &'static [&'static str]) -> &'static [&'stati
     match (state.long, state.here) {
         (true, true) => LONG_WORDS,
         (false, false) => short,
+        (false, true) if !state.more => SHORT_WORDS,
         _ => ALL_WORDS,
     }
 }
@@ -1015,7 +1035,8 @@ fn flush(_: &mut State) -> Result<String> {
 fn killed(state: &mut State) -> Result<String> {
     let times = match (state.here, state.long) {
         (true, true) => 100,
-        (true, false) => 12,
+        (true, false) if state.more => 12,
+        (true, false) => 6,
         (false, _) => 3,
     };
     let mut flushed = 0;
