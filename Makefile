@@ -67,7 +67,7 @@ test-all test-debug:
 	@scripts/test $(@:test-%=%)
 
 test-one:
-	@KERNEL='$(KERNEL)' scripts/prepare $@
+	@KERNEL='$(KERNEL)' UML='$(UML)' scripts/prepare $@
 	@scripts/test-one $(if $(KERNEL),--kernel '$(KERNEL)') $(if $(UML),--uml '$(UML)') '$(TEST)'
 
 stress:
