@@ -230,10 +230,10 @@ fn static_program(_: &mut State) -> Result<String> {
 }
 
 fn setuid_program(_: &mut State) -> Result<String> {
-    let program = "/setuid";
-    fs::copy(DEVANON_RUN, program)?;
+    let program = "/privileged";
+    fs::copy(DEBIAN_UML, program)?;
     host::chmod(program, 0o4755)?;
-    let result = fails(&[program, "--help"], 123, "setuid");
+    let result = fails(&[program, "--version"], 123, "setuid");
     fs::remove_file(program)?;
     result
 }
@@ -253,7 +253,7 @@ fn no_command(_: &mut State) -> Result<String> {
 
 fn not_used(_: &mut State) -> Result<String> {
     fails(
-        &[DEVANON_RUN, "--help"],
+        &[DEBIAN_UML, "--version"],
         124,
         "without taking a memory file from /dev/anon",
     )
