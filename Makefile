@@ -12,29 +12,29 @@ KBUILD = $(MAKE) -C $(KDIR) M=$(CURDIR) $(if $(MO),MO=$(MO))
 help:
 	@echo 'In a build environment of its own, made under build/ at first use (as root):'
 	@echo '  make run             UML guests on /dev/anon in a VM: a table of the host memory they cost'
-	@echo '  make test            the tests, on a stock Debian kernel and one with every detector'
+	@echo '  make test            the tests, on a stock Debian kernel and one with detectors'
 	@echo '  make test-all        those and more: another stock kernel, one with patches/host, one with KASAN'
 	@echo '  make test-one TEST=NAME [KERNEL=LINE] [UML=SCENARIO]   one test or group alone; see scripts/test-one --help'
 	@echo '  make test-debug      those that concern the kernel with KASAN, for longer'
 	@echo '  make stress [SECONDS=N]   the race test alone, on the kernel with KASAN; 600 s by default'
 	@echo '  make test-kcsan      the driver'"'"'s tests under the detector of data races'
-	@echo '  make stress-uml      a Debian userland on UML, on all that its memory can be in'
+	@echo '  make stress-uml      a Debian userland on UML, with each backing of its memory'
 	@echo '  make stress-ubd      ubd=mmap: its tests in their long form, and a guest killed a hundred times'
 	@echo '  make demo-uml        the life of a Debian guest: a picture, and figures with their goals'
 	@echo '  make demo-savings [SHORT=1]   guests from one image until the host swaps: a table and a picture'
 	@echo '  make bench           /dev/anon against its peers, counted in instructions: tables of ratios'
-	@echo '  make bench-compare   what of that is worse than tests/bench/baseline.json by more than 2 %'
+	@echo '  make bench-compare   the ratios that are worse than tests/bench/baseline.json by more than 2 %'
 	@echo '  make uml             a UML with patches/uml, the guest'"'"'s kernel'
 	@echo '  make kernel          a kernel with patches/host, /dev/anon built in'
 	@echo '  make shell           a shell in a VM with the module loaded'
-	@echo '  make lint            rustfmt, clippy, shellcheck, checkpatch, sparse'
+	@echo '  make lint            rustfmt, clippy, shellcheck, checkpatch, sparse, links of the docs'
 	@echo '  make rust-analyzer   rust-project.json, for editors'
 	@echo '  make distclean       remove build/'
 	@echo 'With the tools of this machine:'
 	@echo '  make modules [KDIR=DIR]          build devanon.ko; Debian needs scripts/rust-metadata first'
 	@echo '  make modules_install [KDIR=DIR]  install it'
 	@echo '  make clean [KDIR=DIR]            remove what make modules made'
-	@echo 'Whatever goes wrong, make itself ends with 2; the scripts of these names in scripts/ tell more.'
+	@echo 'On failure make exits with 2. The scripts of the same names in scripts/ have more exit statuses.'
 
 modules:
 	@test -e $(KDIR)/rust/libkernel.rmeta || { echo >&2 "$(KDIR) has no Rust metadata:" \
@@ -52,7 +52,7 @@ modules_install:
 clean:
 	$(KBUILD) $@
 
-# The full log of each, also of what prepares it.
+# The full log of each goal, including its preparation.
 run test test-all test-one test-debug stress test-kcsan stress-uml stress-ubd demo-uml demo-savings bench kernel uml shell lint rust-analyzer: export DEVANON_LOG = $(CURDIR)/build/log/$@.log
 
 run test test-kcsan stress-uml stress-ubd demo-uml demo-savings bench shell lint:

@@ -16,8 +16,8 @@ for kind in ext4 squashfs; do
 done
 kernel_lines=(7.3 7.2)	# what the module is built for and tested on, newest first
 
-# in_tree KERNEL: set $driver_options to devanon-vm's options for a kernel of our own: its own tree's module, if the driver is
-# not built in, in place of the one for stock kernels.
+# in_tree KERNEL: set $driver_options to the options of devanon-vm for a kernel of our own. Unless the driver is built
+# in, they name the module of the kernel's own tree in place of the one for stock kernels.
 in_tree() {
 	local module=$build/kernels/$1/modules/kernel/drivers/char/devanon/devanon.ko
 	driver_options=(--bare --file "$bin/devanon-tests=/bin/devanon-tests")
@@ -33,8 +33,8 @@ need_root() {
 	[ "$(id -u)" = 0 ] || die "must run as root: it uses chroot and mount namespaces."
 }
 
-# One run at a time. What the run started holds the lock too, so the next run
-# waits until the last process of an interrupted one is gone.
+# One run at a time. The processes that a run starts hold the lock too, so the next run waits
+# until the last process of an interrupted one is gone.
 take_lock() {
 	mkdir -p "$build"
 	exec 9>"$build/.lock-$1"
