@@ -13,7 +13,7 @@ help:
 	@echo 'In a build environment of its own, made under build/ at first use (as root):'
 	@echo '  make run             UML guests on /dev/anon in a VM: a table of the host memory they cost'
 	@echo '  make test            the tests, on a stock Debian kernel and one with detectors'
-	@echo '  make test-all        those and more: another stock kernel, one with patches/host, one with KASAN'
+	@echo '  make test-all        more: also another stock kernel and one with patches/host; KASAN'
 	@echo '  make test-one TEST=NAME [KERNEL=LINE] [UML=SCENARIO]   one test or group alone; see scripts/test-one --help'
 	@echo '  make test-debug      those that concern the kernel with KASAN, for longer'
 	@echo '  make stress [SECONDS=N]   the race test alone, on the kernel with KASAN; 600 s by default'
