@@ -67,6 +67,7 @@ test-all test-debug:
 	@scripts/test $(@:test-%=%)
 
 test-one:
+	@[ -n '$(TEST)' ] || { echo >&2 'make test-one TEST=NAME; see scripts/test-one --help'; exit 1; }
 	@KERNEL='$(KERNEL)' UML='$(UML)' scripts/prepare $@
 	@scripts/test-one $(if $(KERNEL),--kernel '$(KERNEL)') $(if $(UML),--uml '$(UML)') '$(TEST)'
 

@@ -239,7 +239,7 @@ impl VmOperations for FreeOnUnmap {
             return;
         };
         if straddling {
-            // A folio beyond `closed` that was left is for the close of its own range.
+            // A folio left beyond `closed` is freed when its own range is closed.
             //
             // A huge folio that could not be split when a part of it lost its last mapping, because
             // it was pinned for example, is freed with its last part: hence the widening. In other

@@ -58,8 +58,11 @@ used() {
 	used=$((fields[13] + fields[14]))
 }
 
-# took PART HUNDREDTHS SECONDS: note what a part of the work took, for scripts/shares.
-took() { printf '%s\t%s\t%s\n' "$1" "$2" "$3" >>"$build/took.tsv"; }
+# took PART HUNDREDTHS SECONDS: note what a part of the work took, for scripts/shares. Only scripts/test and the
+# preparation of its goals set DEVANON_TOOK.
+took() {
+	[ -z "${DEVANON_TOOK-}" ] || printf '%s\t%s\t%s\n' "$1" "$2" "$3" >>"$DEVANON_TOOK"
+}
 
 # step NAME COMMAND...: run COMMAND with its output in the log; print NAME, the time it took and the processor time.
 # It belongs to the part of the work that DEVANON_PART names.

@@ -9,6 +9,7 @@
 archive_uri() {
 	local codename uri first=
 	while read -r codename uri; do
+		[[ $codename != *-debug ]] || continue	# the archive of debug symbols
 		case $uri in
 		http://* | https://*) ;;
 		mirror+file:*)

@@ -521,6 +521,7 @@ fn poisoned(_: &mut State) -> Result<String> {
     guest.wait_workload()?;
     // Memory that was unplugged also reads as zeros when it is plugged again.
     plug_cycles(&mut guest, 2)?;
+    ensure!(!guest.kernel_log("Linux.version")?.is_empty(), "no log");
     let log = guest.kernel_log("[Cc]orruption")?;
     ensure!(log.is_empty(), "{log:?}");
     guest.power_off()?;
@@ -679,6 +680,7 @@ fn all_unplugged(_: &mut State) -> Result<String> {
         guest.say("check")?;
         guest.wait_workload()?;
     }
+    ensure!(!guest.kernel_log("Linux.version")?.is_empty(), "no log");
     let killed = guest.kernel_log("[Kk]ill")?;
     ensure!(killed.is_empty(), "{killed:?}");
     let cost = guest.memory()?.cost;

@@ -27,7 +27,7 @@ pub fn all<S>(tests: &[(Place, Test<S>)]) -> Vec<Test<S>> {
     tests.iter().map(|&(_, test)| test).collect()
 }
 
-/// Returns the tests that run here or in the VM.
+/// Returns the tests for this machine if `here`, otherwise those for the VM.
 pub fn select<S>(tests: &[(Place, Test<S>)], here: bool, more: bool) -> Vec<Test<S>> {
     tests
         .iter()
@@ -46,8 +46,10 @@ pub fn run<S>(tests: &[Test<S>], only: Option<&str>, state: &mut S) -> bool {
     let chosen = |name: &str| only.is_none_or(|part| name.contains(part));
     let tests: Vec<_> = tests.iter().filter(|(name, _)| chosen(name)).collect();
     if tests.is_empty() {
-        let names = "its tests are named in tests/uml/src";
-        eprintln!("devanon-uml: no test has {only:?} in its name; {names}");
+        let part = only.unwrap_or_default();
+        eprintln!(
+            "devanon-uml: no test that runs here has \"{part}\" in its name (see Place in tests/uml/src)"
+        );
         return false;
     }
     println!("KTAP version 1\n1..{}", tests.len());

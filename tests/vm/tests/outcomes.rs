@@ -2,10 +2,11 @@
 
 //! Tests of the harness: each provokes one outcome, in a VM that has only busybox.
 //!
-//! Most of them boot VMs, so plain `cargo test` ignores them. `make test` runs them by `cargo test -p
-//! devanon-vm -- --include-ignored`. DEVANON_LINE names the kernel, a directory in build/kernels;
-//! DEVANON_DEBUG_LINE names the debug kernel, for the tests `debug_*`; and DEVANON_KCSAN_LINE names
-//! the one with KCSAN, for the tests `kcsan_*`, which `make test-kcsan` runs.
+//! Most of them boot VMs, so plain `cargo test` ignores them. scripts/test runs them by `cargo test -p
+//! devanon-vm -- --include-ignored`. DEVANON_LINE names the kernel, a directory in build/kernels.
+//! DEVANON_DEBUG_LINE names the kernel with detectors: for the tests `debug_*` the debug kernel or the
+//! one with KASAN, for `kasan_*` the latter. DEVANON_KCSAN_LINE names the one with KCSAN, for the tests
+//! `kcsan_*`, which `make test-kcsan` runs. Tests without their kernel are left out with `--skip`.
 
 use std::fs;
 use std::path::Path;
