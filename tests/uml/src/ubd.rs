@@ -508,11 +508,12 @@ fn words_for(state: &State, short: &'static [&'static str]) -> &'static [&'stati
 
 fn ptrace(state: &mut State) -> Result<String> {
     let setup = on(1, state.backing()).with(&["ubd=mmap"]);
-    run_words(
-        with_userland(state, setup),
-        words_for(state, MAPPING_WORDS),
-        false,
-    )
+    let words = if state.here && !state.more && !state.long {
+        MAPPING_WORDS
+    } else {
+        words_for(state, MAPPING_WORDS)
+    };
+    run_words(with_userland(state, setup), words, false)
 }
 
 fn two_cpus(state: &mut State) -> Result<String> {
