@@ -134,6 +134,7 @@ const TESTS: &[Test] = tests! {
         exit_with_many_mappings,
         covered_but_not_touched,
         several_mappings_in_one_process,
+        inaccessible_mapping_keeps_pages,
         exit_frees,
         sigkill_frees,
         exec_frees,

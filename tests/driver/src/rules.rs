@@ -327,6 +327,21 @@ pub fn several_mappings_in_one_process() -> Result<()> {
     expect_resident(&dev, 0, "third unmapped")
 }
 
+/// Pages are mapped at a second address, without access. That mapping keeps them all the same.
+pub fn inaccessible_mapping_keeps_pages() -> Result<()> {
+    let dev = device()?;
+    let map = Map::shared(&dev, 16, 0)?;
+    let second = Map::shared(&dev, 16, 0)?;
+    second.protect(libc::PROT_NONE)?;
+    map.fill(TAG);
+    map.unmap()?;
+    expect_resident(&dev, 16, "the accessible mapping unmapped")?;
+    second.protect(RW)?;
+    second.check(TAG)?;
+    second.unmap()?;
+    expect_resident(&dev, 0, "both unmapped")
+}
+
 pub fn exit_frees() -> Result<()> {
     let dev = device()?;
     let mut child = fork(|peer| {
