@@ -154,7 +154,7 @@ pub(crate) fn init<T: VmOperations>(module: &ThisModule) -> Result {
             close: Some(close::<T>),
             fault: Some(fault::<T>),
             map_pages: Some(map_pages::<T>),
-            // userfaultfd would fill pages without calling `fault`, and `close` could not keep it out.
+            // userfaultfd would fill pages without calling `fault`: `close` could not keep it out.
             uffd_ops: ptr::null(),
             ..vm_ops
         },
