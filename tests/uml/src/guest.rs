@@ -392,7 +392,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Runs tests/guest/work in the Debian userland. It must succeed.
+    /// Runs the script `work` of tests/guest in the Debian userland. It must succeed.
     pub fn work(&mut self, words: &str) -> Result<()> {
         self.run("work", words)
     }
